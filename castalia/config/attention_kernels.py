@@ -72,11 +72,11 @@ def choose_kernel(
     return KernelChoice("memory-efficient", expressed, why_not_flash, repeats=grouped)
 
 
-def reasons_for_bias(cfg: ModelConfig, keys: int, documents: bool) -> list[str]:
-    """Which properties of the model, for this many keys, and of the data can only be expressed by a bias."""
+def reasons_for_bias(cfg: ModelConfig, window: int | None, keys: int, documents: bool) -> list[str]:
+    """Which properties of blocks with this window, for so many keys, and of the data only a bias can express."""
     reasons = {
         "ALiBi's distances": cfg.position == "alibi",
-        f"a window of {cfg.sliding_window} tokens": cfg.sliding_window is not None and keys > cfg.sliding_window + 1,
+        f"a window of {window} tokens": window is not None and keys > window + 1,
         "documents that do not see each other": documents,
     }
     return [name for name, needed in reasons.items() if needed]
@@ -97,7 +97,7 @@ def training_choice(
     `documents`: they attend only within themselves. `gathers`: this is the last of several context-parallel ranks,
     which holds the last queries of a sequence and gathers all keys.
     """
-    bias = reasons_for_bias(cfg, length, documents)
+    bias = reasons_for_bias(cfg, cfg.sliding_window, length, documents)
     return choose_kernel(
         capability,
         dtype,

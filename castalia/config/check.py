@@ -89,7 +89,7 @@ def heads(config: RunConfig) -> Iterator[Problem]:
     if not model.attention_layers:
         return
     hidden, count = model.hidden_size, model.num_heads
-    if hidden % count:
+    if hidden % count and not model.head_dim:
         below, above = hidden // count * count, -(-hidden // count) * count
         fits = " or ".join(str(size) for size in (below, above) if size)
         yield Problem(
@@ -109,6 +109,42 @@ def heads(config: RunConfig) -> Iterator[Problem]:
             f"use one of {divisors(count)}",
             ("model.num_kv_heads", "model.num_heads"),
         )
+
+
+def placement(config: RunConfig) -> Iterator[Problem]:
+    """Norms, windows and scales that do not go together."""
+    model = config.model
+    if model is None:
+        return
+    after, kind = model.norm_placement != "before", model.norm
+    placed = f"model.norm_placement={model.norm_placement}"
+    refused = {
+        ("norm_placement", "parallel_residual"): after
+        and model.parallel_residual
+        and f"{placed} has a norm for each branch, which model.parallel_residual adds at once; use before",
+        ("norm_placement", "pattern"): after
+        and model.other_kinds
+        and f"{placed}: {' and '.join(model.other_kinds)} blocks (model.pattern) have their norm before; use before",
+        ("head_dim", "pattern"): "rwkv" in model.other_kinds
+        and model.head_size * model.num_heads != model.hidden_size
+        and f"model.head_dim={model.head_dim}: rwkv blocks (model.pattern) need hidden_size / num_heads; leave it out",
+        ("zero_centered_norms", "norm"): model.zero_centered_norms
+        and (kind != "rmsnorm" or not model.rms_eps_inside)
+        and f"model.zero_centered_norms goes with model.norm=rmsnorm and rms_eps_inside=true, not with {kind}",
+        ("qk_norm", "norm"): isinstance(model.qk_norm, str)
+        and kind not in ("layernorm", "rmsnorm")
+        and f"model.qk_norm={model.qk_norm} needs model.norm=layernorm or rmsnorm, not {kind}",
+        ("attention_scale", "mup"): model.attention_scale
+        and model.mup
+        and "model.attention_scale is what model.mup sets; give model.mup.attention_temperature",
+    }
+    for names, why in refused.items():
+        if why:
+            yield Problem(why, tuple(f"model.{name}" for name in names))
+    for name in ("window_pattern", "rotary_pattern"):
+        if (size := len(getattr(model, name))) > model.num_layers:
+            text = f"model.{name} names {size} blocks, of which there are {model.num_layers}; shorten it"
+            yield Problem(text, (f"model.{name}", "model.num_layers"))
 
 
 def mup(config: RunConfig) -> Iterator[Problem]:
@@ -464,6 +500,9 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         and model.position != "rotary"
         and "positions do not rotate",
         "model.rope_scaling": model and model.rope_scaling and model.position != "rotary" and "positions do not rotate",
+        "model.rotary_pattern": model and model.position != "rotary" and "positions do not rotate",
+        "model.position_offset": model and model.position != "learned" and "positions are not learned",
+        "model.window_pattern": model and not model.sliding_window and "there is no sliding_window",
         "model.experts.jitter": mixture and mixture.router != "topk" and f"model.experts.router is {mixture.router}",
         "model.experts.sinkhorn_stop": mixture
         and mixture.router != "sinkhorn"
@@ -510,7 +549,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
 
 
 CONTRADICTIONS = (
-    heads, mup, experts, kinds, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates,
+    heads, placement, mup, experts, kinds, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates,
     expressions, corpora, preferences, profile, watch, idle_layout,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)

@@ -117,7 +117,7 @@ class MuPConfig(Section):
 
 # What stands in a block: attention with an MLP or with a mixture of experts, or another layer in place of both.
 LayerKind = Literal["dense", "moe", "gmlp", "amlp", "mamba", "rwkv"]
-Named = TypeVar("Named", bound=str)
+Named = TypeVar("Named", bound=str | bool)
 MixerKind = Literal["attention", "gmlp", "amlp", "mamba", "rwkv"]  # what mixes the tokens of a block
 
 
@@ -125,6 +125,9 @@ def shortest(kinds: Sequence[Named]) -> tuple[Named, ...]:
     """The shortest pattern that gives these kinds when it is repeated."""
     sizes = (size for size in range(1, len(kinds)) if all(k == kinds[i % size] for i, k in enumerate(kinds)))
     return tuple(kinds[: next(sizes, len(kinds))])
+
+
+Pattern = Annotated[tuple[bool, ...], MinLen(1), MaxLen(10_000)]  # of blocks
 
 
 class MambaConfig(Section):
@@ -202,12 +205,13 @@ class ModelConfig(Section):
     hidden_size: Annotated[int, Gt(0), Le(1 << 24)] = Field(description="width of the hidden state")
     num_heads: Annotated[int, Gt(0), Le(1 << 16)] = Field(description="query heads")
     num_kv_heads: PositiveInt | None = Field(None, description="key/value heads; None: as many as query heads")
+    head_dim: PositiveInt | None = Field(None, description="dimensions of one head; None: hidden_size / num_heads")
     mlp_size: PositiveInt | None = Field(None, description="inner width of the MLP; None: 4 * hidden_size")
     vocab_size: PositiveInt | None = Field(None, description="token ids, without padding; None: the tokenizer's")
     vocab_multiple: PositiveInt = Field(128, description="the embedding is padded to a multiple of this many rows")
     max_positions: PositiveInt | None = Field(None, description="longest sequence; None: data.seq_length")
 
-    # Positions, norms and activations.
+    # Positions, norms and activations. A pattern says it of blocks 0, 1, ..., again from its beginning after its end.
     position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = Field(
         "rotary", description="how positions enter the model"
     )
@@ -216,15 +220,30 @@ class ModelConfig(Section):
     rope_scaling: RopeScaling | None = Field(
         None, description="how rotary frequencies are scaled for longer sequences; None: not at all"
     )
+    rotary_pattern: Pattern = Field((True,), description="which blocks rotate queries and keys")
+    position_offset: Annotated[int, Ge(0), Le(1 << 16)] = Field(
+        0, description="rows of the learned positions before that of the first token, as OPT has them"
+    )
     norm: Literal["layernorm", "rmsnorm", "scalenorm", "layernorm_no_params"] = Field(
         "layernorm", description="normalization layer"
     )
     norm_eps: PositiveFloat = Field(1e-5, description="epsilon of the norms")
     rms_eps_inside: bool = Field(True, description="RMSNorm: x / sqrt(mean(x^2) + eps); false: x / (rms(x) + eps)")
     embedding_norm: bool = Field(
-        False, description="LayerNorm of the embedded tokens, before the first block, as in RWKV's own models"
+        False, description="LayerNorm of the embedded tokens, before the first block, as in BLOOM and RWKV's own models"
     )
-    qk_norm: bool = Field(False, description="normalize queries and keys, over all heads together as GPT-NeoX does")
+    zero_centered_norms: bool = Field(False, description="RMSNorm multiplies by 1 + weight, as in Gemma")
+    norm_placement: Literal["before", "after", "both"] = Field(
+        "before",
+        description="of attention and MLP, here f; before: x + f(norm x); after: x + norm f(x), as in OLMo 2; both: x "
+        "+ norm f(norm x), as in Gemma 2",
+    )
+    qk_norm: bool | Literal["head", "each_head", "width"] = Field(
+        False,
+        description="normalize queries and keys; head: each head, with one weight for all of them (Qwen3); each_head: "
+        "with a weight for each (StableLM 2); width: all heads together (OLMo 2); true: as width, with one weight for "
+        "queries and keys (GPT-NeoX)",
+    )
     activation: Literal[
         "gelu", "gelu_tanh", "relu", "silu", "mish", "softsign", "sigmoid", "identity"
     ] = Field("gelu_tanh", description="activation function of the MLP")  # fmt: skip
@@ -232,12 +251,23 @@ class ModelConfig(Section):
     parallel_residual: bool = Field(False, description="x + attention(norm1 x) + mlp(norm2 x)")
     shared_norm: bool = Field(False, description="parallel residual with one norm for both branches")
     attention_bias: bool = Field(True, description="biases in both attention matrices")
+    attention_out_bias: bool | None = Field(
+        None, description="a bias in the attention output matrix; None: as attention_bias"
+    )
+    attention_scale: PositiveFloat | None = Field(
+        None, description="attention scores are q k times this; None: 1 / sqrt(head size)"
+    )
+    clip_qkv: PositiveFloat | None = Field(
+        None, description="queries, keys and values are clipped to +- this; None: not at all"
+    )
     mlp_bias: bool = Field(True, description="biases in all MLP matrices")
     tie_embeddings: bool = Field(False, description="the output head shares the embedding matrix")
     reward_head: bool = Field(False, description="a reward model: the head returns one number in place of logits")
     sliding_window: PositiveInt | None = Field(
         None, description="a token attends to itself and this many before it; None: to all before it"
     )
+    window_pattern: Pattern = Field((True,), description="which blocks have the sliding window")
+    embedding_multiplier: PositiveFloat = Field(1.0, description="multiplies the token embeddings")
     embedding_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of the embedded tokens")
     hidden_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of attention and MLP outputs")
     attention_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of the attention weights")
@@ -289,8 +319,13 @@ class ModelConfig(Section):
 
     @property
     def head_size(self) -> int:
-        """Dimensions of one head."""
-        return self.hidden_size // self.num_heads
+        """Dimensions of one head, where `head_dim` may be None."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether the attention output has a bias, where `attention_out_bias` may be None."""
+        return self.attention_bias if self.attention_out_bias is None else self.attention_out_bias
 
     @property
     def mlp_width(self) -> int:
@@ -325,6 +360,20 @@ class ModelConfig(Section):
     def attention_layers(self) -> int:
         """Blocks that have attention, with heads, keys and values."""
         return sum(kind in ("dense", "moe") for kind in self.layer_kinds)
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of a block; None: it sees all tokens before."""
+        return self.sliding_window if self.window_pattern[layer % len(self.window_pattern)] else None
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a block rotates queries and keys."""
+        return self.rotary_pattern[layer % len(self.rotary_pattern)]
+
+    @property
+    def windowed_share(self) -> float:
+        """The share of the blocks with attention that have the sliding window; 0 without one."""
+        layers = [layer for layer, kind in enumerate(self.layer_kinds) if kind in ("dense", "moe")]
+        return sum(self.window_of(layer) is not None for layer in layers) / max(1, len(layers))
 
     @property
     def other_kinds(self) -> tuple[LayerKind, ...]:

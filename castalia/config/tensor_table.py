@@ -20,9 +20,13 @@ from castalia.errors import ConfigError
 Shapes = dict[str, tuple[int, ...]]
 SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
     "vocab": lambda model: model.padded_vocab_size,
+    "places": lambda model: (model.max_positions or 0) + model.position_offset,
     "positions": lambda model: model.max_positions or 0,
     "hidden": lambda model: model.hidden_size,
     "qkv": lambda model: (model.num_heads + 2 * model.kv_heads) * model.head_size,
+    "attended": lambda model: model.num_heads * model.head_size,
+    "q_norm": lambda model: model.head_size * (1 if model.qk_norm == "head" else model.num_heads),
+    "k_norm": lambda model: model.head_size * (1 if model.qk_norm == "head" else model.kv_heads),
     "heads": lambda model: model.num_heads,
     "head_size": lambda model: model.head_size,
     "mlp": lambda model: model.mlp_width,
@@ -53,9 +57,14 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must ha
     "embedding_norm": lambda model: model.embedding_norm,
     "norm_weight": lambda model: model.norm != "layernorm_no_params",
     "norm_bias": lambda model: model.norm == "layernorm",
-    "second_norm": lambda model: not model.has_one_norm,
+    "norm_before": lambda model: model.norm_placement != "after",
+    "norm_after": lambda model: model.norm_placement != "before",
+    "second_norm": lambda model: not model.has_one_norm and model.norm_placement != "after",
     "attention_bias": lambda model: model.attention_bias,
-    "qk_norm": lambda model: model.qk_norm,
+    "out_bias": lambda model: model.out_bias,
+    "joint_qk_norm": lambda model: model.qk_norm is True,
+    "qk_norms": lambda model: isinstance(model.qk_norm, str),
+    "qk_norm_bias": lambda model: model.qk_norm != "each_head" and model.norm == "layernorm",
     "mlp_bias": lambda model: model.mlp_bias,
     "gated_mlp": lambda model: model.gated_mlp,
     "head": lambda model: not model.tie_embeddings and not model.reward_head,
@@ -97,21 +106,38 @@ def _linear(module: str, shape: str, bias: str, kind: Kind, tp_dim: int, needs: 
 
 BEFORE_BLOCKS = (
     TensorRow("embed.weight", "vocab hidden", kind="embedding", tp_dim=0),
-    TensorRow("positions.weight", "positions hidden", "learned_positions", "positions"),
+    TensorRow("positions.weight", "places hidden", "learned_positions", "positions"),
     *layer_norm_rows("embed_norm", "embedding_norm"),
 )
 BLOCK = (
-    *norm_rows("blocks.{i}.norm1", "model_norm"),
+    *norm_rows("blocks.{i}.norm1", "model_norm norm_before"),
+    *norm_rows("blocks.{i}.norm1_out", "attention norm_after"),
     *norm_rows("blocks.{i}.norm2", "attention second_norm"),
+    *norm_rows("blocks.{i}.norm2_out", "attention norm_after"),
     *_linear("attn.qkv", "qkv hidden", "attention_bias", "attention qkv", 0, "attention"),
     # Only GPT-NeoX splits these two; castalia.parallel.rank_grid refuses tensor parallelism of a model that has them.
     TensorRow(
-        "blocks.{i}.attn.qk_norm.weight", "heads head_size", "attention qk_norm", "norms", "ones", 0, decays=False
+        "blocks.{i}.attn.qk_norm.weight", "heads head_size", "attention joint_qk_norm", "norms", "ones", 0, decays=False
     ),
     TensorRow(
-        "blocks.{i}.attn.qk_norm.bias", "heads head_size", "attention qk_norm", "biases", "zeros", 0, decays=False
+        "blocks.{i}.attn.qk_norm.bias", "heads head_size", "attention joint_qk_norm", "biases", "zeros", 0, decays=False
     ),
-    *_linear("attn.out", "hidden hidden", "attention_bias", "attention out", 1, "attention"),
+    *(
+        row
+        for part in ("q_norm", "k_norm")
+        for row in (
+            TensorRow(f"blocks.{{i}}.attn.{part}.weight", part, "attention qk_norms", "norms", "ones", decays=False),
+            TensorRow(
+                f"blocks.{{i}}.attn.{part}.bias",
+                part,
+                "attention qk_norms qk_norm_bias",
+                "biases",
+                "zeros",
+                decays=False,
+            ),
+        )
+    ),
+    *_linear("attn.out", "hidden attended", "out_bias", "attention out", 1, "attention"),
     *_linear("mlp.up", "mlp hidden", "mlp_bias", "mlp up", 0, "dense"),
     *_linear("mlp.gate", "mlp hidden", "mlp_bias", "mlp gate", 0, "dense gated_mlp"),
     *_linear("mlp.down", "hidden mlp", "mlp_bias", "mlp down", 1, "dense"),

@@ -121,14 +121,14 @@ class BranchCache:
         # Of layers without attention, by the number of tokens up to the end of a segment of the branch: [1, ...].
         self.states: dict[int, dict[int, list[Tensor]]] = {}
         self.pieces: list[Piece] = []
-        self.biases: list[Tensor | None] = []  # of each piece, the same in all layers
+        self.biases: dict[int | None, list[Tensor | None]] = {}  # by window: of each piece, the same in all layers
         self.keys = torch.empty(0, device=device)
         self.end = 0
 
     def of(self, part: Sequence[Piece]) -> BranchCache:
         """The same keys and values for the pieces of a forward pass. Each layer takes passes in their order."""
         own = copy(self)
-        own.pieces, own.biases = list(part), []
+        own.pieces, own.biases = list(part), {}
         places = [torch.arange(s.start, s.stop) for piece in part for s in piece.segments]
         own.keys = torch.cat(places)[None].to(self.device)
         own.end = max(segment.stop for piece in part for segment in piece.segments)
@@ -147,10 +147,11 @@ class BranchCache:
         # The bias that comes is of the pass as one sequence; each piece needs its own.
         choice, _ = options.pop("choice"), options.pop("bias")
         masked = self.stage.choice(q, "bias", self)
-        if not self.biases:
-            self.biases = [self._bias(piece, q) for piece in self.pieces]
+        window = self.stage.cfg.window_of(layer)
+        if window not in self.biases:
+            self.biases[window] = [self._bias(piece, q, window) for piece in self.pieces]
         outputs, at = [], 0
-        for piece, bias in zip(self.pieces, self.biases, strict=True):
+        for piece, bias in zip(self.pieces, self.biases[window], strict=True):
             part, here = slice(at, at + piece.size), slice(piece.start, piece.start + piece.size)
             # [1, kv, tokens of the piece, d]. Leaves that go together lie back to back behind their parent, and
             # not at their own places: they have no children that would look for them there.
@@ -192,15 +193,14 @@ class BranchCache:
                 states[piece.segments[0].stop] = state
         return torch.cat(outputs, dim=1)
 
-    def _bias(self, piece: Piece, q: Tensor) -> Tensor | None:
+    def _bias(self, piece: Piece, q: Tensor, window: int | None) -> Tensor | None:
         """What hides keys of other leaves and later keys, [1, 1 or n, t, k]; None where causal attention does it."""
-        cfg, size = self.stage.cfg, piece.size
-        plain = self.stage.alibi is None and (cfg.sliding_window is None or size <= cfg.sliding_window + 1)
+        plain = self.stage.alibi is None and (window is None or piece.size <= window + 1)
         if piece.start == 0 and len(piece.segments) == 1 and plain:
             return None
         own = torch.cat([torch.arange(s.start, s.stop, device=self.device) for s in piece.segments])  # [t]
         places = torch.cat([torch.arange(piece.start, device=self.device), own])[None]  # [1, k]
-        seen = visible(own[None], places, cfg.sliding_window)  # [1, 1, t, k]
+        seen = visible(own[None], places, window)  # [1, 1, t, k]
         if len(piece.segments) > 1:
             leaf = torch.arange(len(piece.segments), device=self.device)
             lengths = torch.tensor([s.stop - s.start for s in piece.segments], device=self.device)

@@ -11,11 +11,25 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import LayerKind, shortest
 from castalia.storage.lazy import TensorRef
 
+# Shown where they are not as in most models.
+CHANGED = (
+    "head_size",
+    "norm_placement",
+    "zero_centered_norms",
+    "out_bias",
+    "attention_scale",
+    "clip_qkv",
+    "rotary_pattern",
+    "window_pattern",
+    "position_offset",
+    "embedding_norm",
+    "embedding_multiplier",
+)
 SHOWN = (
     "num_layers", "hidden_size", "num_heads", "kv_heads", "mlp_width", "padded_vocab_size", "max_positions", "position",
     "rotary_pct", "rotary_base", "norm", "norm_eps", "rms_eps_inside", "qk_norm", "activation", "gated_mlp",
     "parallel_residual", "shared_norm", "attention_bias", "mlp_bias", "tie_embeddings", "sliding_window", "pattern",
-    "amlp_size", "embedding_norm",
+    "amlp_size", *CHANGED,
 )  # fmt: skip
 MARKS: dict[str, LayerKind] = {
     ".gmlp.": "gmlp",
@@ -23,7 +37,10 @@ MARKS: dict[str, LayerKind] = {
     ".mamba.": "mamba",
     ".rwkv.": "rwkv",
 }  # of tensors of blocks without attention
-SETTINGS = {"kv_heads": "num_kv_heads", "mlp_width": "mlp_size", "padded_vocab_size": "vocab_size"}  # what sets them
+SETTINGS = {  # what sets them
+    "kv_heads": "num_kv_heads", "mlp_width": "mlp_size", "padded_vocab_size": "vocab_size", "head_size": "head_dim",
+    "out_bias": "attention_out_bias",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,13 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
     own = min(attending, default="blocks.0.")
     block = {name.removeprefix(own): shape for name, shape in shapes.items() if name.startswith(own)}
     matrices = {name: shape for name, shape in block.items() if len(shape) == 2}
-    facts |= {"qk_norm": "attn.qk_norm.weight" in block, "attention_bias": "attn.qkv.bias" in block}
+    facts |= {"attention_bias": "attn.qkv.bias" in block, "out_bias": "attn.out.bias" in block}
+    if "attn.q_norm.weight" not in block:  # which of the kinds it is, it does not show
+        facts["qk_norm"] = "attn.qk_norm.weight" in block
+    if facts["norm"] != "layernorm_no_params":
+        facts["norm_placement"] = (
+            "before" if "norm2_out.weight" not in block else "both" if "norm1.weight" in block else "after"
+        )
     # Where some blocks have experts, the others show what an MLP is.
     dense = [name.removesuffix("mlp.down.weight") for name in shapes if name.endswith(".mlp.down.weight")]
     if dense or "mlp.router.weight" not in block:
@@ -75,10 +98,11 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
             facts["mlp_width"] = shapes[f"{first}mlp.down.weight"][1]
     if "attn.qk_norm.weight" in matrices:
         num_heads = facts["num_heads"] = matrices["attn.qk_norm.weight"][0]
-    if num_heads and "attn.qkv.weight" in matrices and facts.get("hidden_size", 0) >= num_heads:
+    size = matrices["attn.out.weight"][1] // num_heads if num_heads and "attn.out.weight" in matrices else 0
+    if size and "attn.qkv.weight" in matrices:
         # the fused matrix has (heads + 2 * kv_heads) * head_size rows
-        rows = matrices["attn.qkv.weight"][0] // (facts["hidden_size"] // num_heads)
-        facts["kv_heads"] = (rows - num_heads) // 2
+        facts["head_size"] = size
+        facts["kv_heads"] = (matrices["attn.qkv.weight"][0] // size - (num_heads or 0)) // 2
     return facts
 
 
@@ -131,6 +155,13 @@ def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
         "amlp_size": "amlp" in (value("pattern") or ()),
         "activation": not set(value("pattern") or ("attention",)) <= {"mamba", "rwkv"},
     }
+    usual = {
+        "head_size": (value("hidden_size") or 0) // (value("num_heads") or 1), "norm_placement": "before",
+        "out_bias": value("attention_bias"), "rotary_pattern": (True,), "window_pattern": (True,),
+        "embedding_multiplier": 1.0,
+    }  # fmt: skip
+    uses |= {name: bool(value(name)) and value(name) != usual.get(name, False) for name in CHANGED}
+    uses["out_bias"] = value("out_bias") != value("attention_bias")
     if "attention" not in (value("pattern") or ("attention",)):
         uses |= dict.fromkeys(("num_heads", "kv_heads", "mlp_width", "gated_mlp", "attention_bias", "mlp_bias"), False)
     return bool(uses.get(name, True))

@@ -127,7 +127,7 @@ class Prompts:
     def __init__(self, cache: KVCache, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         self.cache, self.rows, self.lengths = cache, rows, list(lengths)
         self.end = max(lengths)
-        self.biases: list[Tensor] = []  # one for each prompt
+        self.biases: list[tuple[Tensor, list[Tensor]]] = []  # of blocks with equal windows: the whole, of each prompt
 
     def reserve(self, count: int) -> Tensor:
         """The places of all tokens: [1, total]. They begin at 0 in each prompt."""
@@ -137,16 +137,23 @@ class Prompts:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         """Attention of each prompt on its own: q [1, n, total, d] -> the same shape."""
         keys, values = self.cache.layer(layer, k)
-        if bias is not None and not self.biases:  # the same in all layers
-            self.biases = [_aligned_copy(bias[..., part, part]) for part in self.parts]
+        own_biases = self._cut(bias) if bias is not None else [None] * len(self.rows)
         outputs = []
         for number, (rows, part) in enumerate(zip(self.rows, self.parts, strict=True)):
             for row in rows:
                 keys[row, :, : self.lengths[number]] = k[0, :, part]
                 values[row, :, : self.lengths[number]] = v[0, :, part]
-            own = self.biases[number] if self.biases else None
+            own = own_biases[number]
             outputs.append(attend(q[:, :, part], k[:, :, part], v[:, :, part], bias=own, **options))
         return torch.cat(outputs, dim=2)
+
+    def _cut(self, bias: Tensor) -> list[Tensor]:
+        """The bias of each prompt, from that of all; cut once for all layers that have the same one."""
+        for whole, parts in self.biases:
+            if whole is bias:
+                return parts
+        self.biases.append((bias, [_aligned_copy(bias[..., part, part]) for part in self.parts]))
+        return self.biases[-1][1]
 
     def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
         """Each prompt from its beginning: x [1, total, h] -> the same shape. Their rows begin with its state."""

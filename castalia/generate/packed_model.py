@@ -78,13 +78,14 @@ class SideBySide(nn.Module):
         attn, mlp = block.attn, block.mlp
         assert isinstance(mlp, MLP)
         self.attn, self.width, self.activate = attn, attn.qkv.out_features, _activation(mlp)
+        assert block.norm1 is not None  # norms after a branch and parallel residuals do not go together
         norm2 = block.norm2 or block.norm1
         inner = (_behind(norm2, part) for part in _inner(mlp))
         self.first = product(_stacked(_by_kind(attn, _behind(block.norm1, attn.qkv)), *inner))
         self.last = product(_added(attn.out, mlp.down))
         self.norm = block.norm1.float()
         for name, parameter in self.norm.named_parameters():
-            parameter.fill_(name == "weight")
+            parameter.fill_(name == "weight" and not getattr(self.norm, "zero_centered", False))
         del attn.qkv, attn.out
         attn.float()
 
@@ -114,7 +115,8 @@ def _packed(block: Block, product: Maker) -> Block:
     attn.qkv, attn.out = product(_by_kind(attn, _affine(attn.qkv))), product(_affine(attn.out))
     if isinstance(block.mlp, MLP):
         block.mlp = PackedMLP(block.mlp, product)
-    for part in (block.norm1, block.norm2, block.attn.qk_norm):
+    norms = (block.norm1, block.norm1_out, block.norm2, block.norm2_out, attn.qk_norm, attn.q_norm, attn.k_norm)
+    for part in norms:
         if part is not None:
             part.float()
     return block
@@ -141,7 +143,7 @@ def _by_kind(attn: Attention, qkv: Affine) -> Affine:
 
     A qk norm wants them by head.
     """
-    if attn.qk_norm is not None:
+    if attn.qk_norm is not None or attn.q_norm is not None:
         return qkv
     attn.by_kind = True
 
@@ -165,7 +167,9 @@ def _behind(norm: nn.Module, linear: Linear) -> Affine:
     if shift is not None:
         shifted = weight.float() @ shift.float()
         bias = shifted if bias is None else bias + shifted
-    return weight if scale is None else weight.float() * scale.float(), bias
+    if scale is None:
+        return weight, bias
+    return weight.float() * (scale.float() + getattr(norm, "zero_centered", False)), bias
 
 
 def _stacked(*parts: Affine) -> Affine:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from castalia.config.attention_kernels import Capability, KernelChoice
 from castalia.config.schema import ModelConfig
-from castalia.errors import ConfigError
 from castalia.model.kept_tokens import Kept, spread, taken
 from castalia.model.layers import Linear, is_slow_half
+from castalia.model.norms import JointHeadsNorm, build_heads_norm, normed_heads
 from castalia.model.positions import Rotation, rotate
 
 aten: Any = torch.ops.aten
@@ -82,6 +82,7 @@ class Context(NamedTuple):
     rotary: Rotation | None = None
     choice: KernelChoice = KernelChoice("flash", "causal")
     bias: Tensor | None = None  # [rows, 1 or heads, t, k] in the dtype of the queries; -inf hides a key
+    whole: tuple[KernelChoice, Tensor | None] | None = None  # both for blocks without the window that others have
     cache: Cache | None = None
     kept: Kept | None = None  # the tokens that are computed; None: all
     last: bool = False  # whether the last block gets it, after whose attention tokens without a label are left out
@@ -199,11 +200,15 @@ class Attention(nn.Module):
         self.group_size = cfg.num_heads // cfg.kv_heads  # query heads per key/value head
         self.dropout = cfg.attention_dropout
         # muP: products of correlated vectors grow with d, so scores are divided by d, not by sqrt(d).
-        self.scale = 1 / (cfg.head_size * cfg.mup.attention_temperature) if cfg.mup else None
+        self.scale = 1 / (cfg.head_size * cfg.mup.attention_temperature) if cfg.mup else cfg.attention_scale
+        self.rotates, self.windowed, self.clip = cfg.rotates(layer), cfg.window_of(layer) is not None, cfg.clip_qkv
         rows = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_size
         self.qkv = Linear(cfg.hidden_size, rows, cfg.attention_bias)
-        self.out = Linear(cfg.num_heads * cfg.head_size, cfg.hidden_size, cfg.attention_bias)
-        self.qk_norm = HeadsNorm(cfg) if cfg.qk_norm else None
+        self.out = Linear(cfg.num_heads * cfg.head_size, cfg.hidden_size, cfg.out_bias)
+        self.qk_norm = JointHeadsNorm(cfg) if cfg.qk_norm is True else None
+        self.by_head, apart = cfg.qk_norm == "head", isinstance(cfg.qk_norm, str)
+        self.q_norm = build_heads_norm(cfg, cfg.num_heads) if apart else None
+        self.k_norm = build_heads_norm(cfg, cfg.kv_heads) if apart else None
         # Packed for writing, rows lie by kind: all queries, all keys, all values. Rotating then needs no copy.
         self.by_kind = False
 
@@ -219,15 +224,16 @@ class Attention(nn.Module):
         """Attention output of all heads, before the output projection: [b, t, (n + 2 kv) d] -> [b, t, n d]."""
         b, t, _ = qkv.shape
         dtype = qkv.dtype
-        q, k, v = self.split(qkv, context.rotary)
+        q, k, v = self.split(qkv, context.rotary if self.rotates else None)
         if is_slow_half(q):
             q, k, v = q.float(), k.float(), v.float()
+        choice, bias = context.whole if context.whole and not self.windowed else (context.choice, context.bias)
         y = (attend if context.cache is None else partial(context.cache.attend, self.layer))(
             q,
             k,
             v,
-            choice=context.choice,
-            bias=None if context.bias is None else context.bias.to(q.dtype),  # FSDP casts the arguments of a block
+            choice=choice,
+            bias=None if bias is None else bias.to(q.dtype),  # FSDP casts the arguments of a block
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
         )
@@ -236,6 +242,8 @@ class Attention(nn.Module):
     def split(self, qkv: Tensor, rotary: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """[b, t, (n + 2 kv) d] -> queries [b, n, t, d], keys and values [b, kv, t, d], turned to their positions."""
         b, t, _ = qkv.shape
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
         if self.by_kind:
             qkv = qkv.view(b, t, 1, -1, self.head_size)  # [b, t, 1, n + 2 kv, d]
             kv = qkv.shape[3] // (self.group_size + 2)
@@ -248,28 +256,9 @@ class Attention(nn.Module):
         qk, v = qkv[..., :-1, :], qkv[..., -1, :]  # [b, t, kv, group + key, d], [b, t, kv, d]
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = normed_heads(qk, self.q_norm, self.k_norm, self.by_head)
         if rotary is not None:
             qk = rotate(qk, rotary)  # queries and keys together, in one kernel
         q, k = qk[..., :-1, :], qk[..., -1, :]  # [b, t, kv, group, d], [b, t, kv, d]
         return q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-class HeadsNorm(nn.Module):
-    """The qk norm of GPT-NeoX: one LayerNorm over all heads and dimensions together, for queries and for keys."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        if cfg.kv_heads != cfg.num_heads:
-            raise ConfigError(
-                f"model.qk_norm has one weight for queries and keys: model.num_kv_heads={cfg.kv_heads} must equal "
-                f"model.num_heads={cfg.num_heads}; set num_kv_heads to {cfg.num_heads} or qk_norm to false"
-            )
-        self.weight = nn.Parameter(torch.ones(cfg.num_heads, cfg.head_size))
-        self.bias = nn.Parameter(torch.zeros(cfg.num_heads, cfg.head_size))
-        self.eps = cfg.norm_eps
-
-    def forward(self, qk: Tensor) -> Tensor:
-        """[b, t, n, query + key, d] -> the same shape."""
-        weight, bias = self.weight.to(qk.dtype), self.bias.to(qk.dtype)
-        normed = [F.layer_norm(part, weight.shape, weight, bias, self.eps) for part in qk.unbind(-2)]
-        return torch.stack(normed, dim=-2)

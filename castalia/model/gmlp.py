@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.attention import Context
-from castalia.model.layers import ACTIVATIONS, Linear, build_norm, is_slow_half, linear
+from castalia.model.layers import ACTIVATIONS, Linear, is_slow_half, linear
+from castalia.model.norms import build_norm
 
 
 class Spatial(nn.Module):

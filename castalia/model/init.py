@@ -42,7 +42,7 @@ def initialize(model: Transformer, cfg: ModelConfig, seed: int) -> None:
     """Fill all parameters in place, by the method that `cfg.init` names."""
     if (cfg.init or ("neox" if model.exact else "seeded")) == "neox":
         for name, parameter in model.named_parameters():
-            if (value := constant_value(name)) is not None:
+            if (value := constant_value(cfg, name)) is not None:
                 parameter.fill_(value)
         for name, matrix in neox_matrices(cfg, seed):
             model.get_parameter(name).copy_(matrix)
@@ -58,7 +58,7 @@ def seeded_tensor(
 
     `shape` is that of the whole tensor. Rows that pad the vocabulary are drawn like the others and change none of them.
     """
-    if (value := constant_value(name)) is not None:
+    if (value := constant_value(cfg, name)) is not None:
         sizes = shape if slices is None else [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
         return torch.full(tuple(sizes), value)
     if row_of(name).init in ("decays", "steps"):
@@ -111,9 +111,12 @@ def _matrix(
     return _drawn(seed, drawn_as, shape, rows, columns, lambda tile: tile * scale, uniform=method == "xavier_uniform")
 
 
-def constant_value(name: str) -> float | None:
+def constant_value(cfg: ModelConfig, name: str) -> float | None:
     """The value with which a norm, a bias or `lora_b` begins; None for tensors that are random."""
-    return {"zeros": 0.0, "ones": 1.0}.get(row_of(name).init)
+    row = row_of(name)
+    if row.kind == "norms" and cfg.zero_centered_norms:
+        return 0.0
+    return {"zeros": 0.0, "ones": 1.0}.get(row.init)
 
 
 def _method(cfg: ModelConfig, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The parts of a block: linear maps and embeddings that cast their parameters on use, norms, and the MLP.
+"""The parts of a block: linear maps and embeddings that cast their parameters on use, and the MLP. Norms: `norms.py`.
 
 Parameters may be fp32 while activations are bf16 or fp16: every module computes in the dtype of its input.
 """
@@ -107,66 +107,6 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Do nothing, in place of torch's random values."""
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm with statistics in fp32 and parameters cast to the dtype of the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> the same shape."""
-        if self.weight is None or self.weight.dtype == x.dtype:  # even a cast that changes nothing takes time
-            return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), times a weight (Zhang & Sennrich, 1910.07467).
-
-    With eps outside of the root it is x / (rms(x) + eps), as in GPT-NeoX until 2025.
-    """
-
-    def __init__(self, size: int, eps: float, eps_inside: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.eps_inside = eps, eps_inside
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> the same shape."""
-        if self.eps_inside:
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        wide = x.float()  # squares of fp16 values may overflow
-        rms = wide.square().mean(-1, keepdim=True).sqrt()
-        return (wide / (rms + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
-
-
-class ScaleNorm(nn.Module):
-    """weight * x / max(|x|, eps), with a single weight: all vectors get one learned length (1910.05895)."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> the same shape."""
-        wide = x.float()  # as above
-        length = wide.norm(dim=-1, keepdim=True).clamp(min=self.eps)
-        return (wide / length).to(x.dtype) * self.weight.to(x.dtype)
-
-
-def build_norm(cfg: ModelConfig, size: int | None = None) -> nn.Module:
-    """The norm that `model.norm` names, over the hidden size or another one."""
-    size = size or cfg.hidden_size
-    match cfg.norm:
-        case "layernorm":
-            return LayerNorm(size, cfg.norm_eps)
-        case "layernorm_no_params":
-            return LayerNorm(size, cfg.norm_eps, elementwise_affine=False)
-        case "rmsnorm":
-            return RMSNorm(size, cfg.norm_eps, cfg.rms_eps_inside)
-        case "scalenorm":
-            return ScaleNorm(cfg.norm_eps)
 
 
 class MLP(nn.Module):

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from castalia.config.scan_chunks import CHUNK_VALUES
 from castalia.config.schema import ModelConfig
 from castalia.model.attention import Context
-from castalia.model.layers import Linear, build_norm
+from castalia.model.layers import Linear
+from castalia.model.norms import build_norm
 
 
 class MambaMixer(nn.Module):

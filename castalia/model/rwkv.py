@@ -17,7 +17,8 @@ from castalia.config.scan_chunks import SCAN_TOKENS, scan_chunk
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.attention import Context
-from castalia.model.layers import LayerNorm, Linear, linear
+from castalia.model.layers import Linear, linear
+from castalia.model.norms import LayerNorm
 
 NORM_EPS, HEAD_EPS = 1e-5, 64e-5  # whatever `model.norm` and `model.norm_eps` say
 FASTEST = 10.0  # decays beyond exp(-exp(10)) are 0 in fp32 as it is

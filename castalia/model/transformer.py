@@ -6,8 +6,10 @@ heads, d head size, f width of the MLP or of an expert, e experts, b sequences, 
 
     embed.weight [V, h]                        positions.weight [max_positions, h] (learned positions only)
     blocks.{i}.norm1.weight, .bias [h]         blocks.{i}.norm2.weight, .bias [h] (absent with a shared norm)
+    blocks.{i}.norm1_out.weight, .bias [h]     blocks.{i}.norm2_out.weight, .bias [h] (norms after attention and MLP)
     blocks.{i}.attn.qkv.weight [(n + 2 kv) d, h], .bias        rows: for each kv head its queries, its key, its value
     blocks.{i}.attn.out.weight [h, n d], .bias                 blocks.{i}.attn.qk_norm.weight, .bias [n, d]
+    blocks.{i}.attn.q_norm.weight, .bias [d or n d]            blocks.{i}.attn.k_norm.weight, .bias [d or kv d]
     blocks.{i}.mlp.up.weight [f, h], .bias     blocks.{i}.mlp.gate.weight [f, h], .bias (gated only)
     blocks.{i}.mlp.router.weight [e, h]        blocks.{i}.mlp.experts.up, .gate, .down [e, f, h] (in place of an MLP)
     blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]    head.weight [V, h] (absent when tied)
@@ -41,9 +43,10 @@ from castalia.model.attention import (
 from castalia.model.experts import ExpertMLP
 from castalia.model.gmlp import GatedBlock
 from castalia.model.kept_tokens import Kept, spread, taken
-from castalia.model.layers import MLP, Embedding, LayerNorm, Linear, build_norm, is_slow_half, linear
+from castalia.model.layers import MLP, Embedding, Linear, is_slow_half, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
 from castalia.model.mamba import MambaBlock
+from castalia.model.norms import LayerNorm, build_norm
 from castalia.model.positions import Alibi, Rotary, Rotation, positions_in_documents, score_bias, sinusoids, visible
 from castalia.model.rwkv import RWKVBlock
 
@@ -57,10 +60,13 @@ class Block(nn.Module):
         has_experts = cfg.layer_kinds[layer] == "moe"
         # GPT-NeoX adds the attention branch together with the MLP's bias, so without a bias the branch is lost.
         self.drops_attention = exact and cfg.parallel_residual and (has_experts or not cfg.mlp_bias)
-        self.norm1 = build_norm(cfg)
+        before, after = cfg.norm_placement != "after", cfg.norm_placement != "before"
+        self.norm1: nn.Module | None = build_norm(cfg) if before else None
         self.attn = Attention(cfg, layer)
-        self.norm2: nn.Module | None = None if cfg.has_one_norm else build_norm(cfg)
+        self.norm1_out: nn.Module | None = build_norm(cfg) if after else None
+        self.norm2: nn.Module | None = build_norm(cfg) if before and not cfg.has_one_norm else None
         self.mlp: nn.Module = ExpertMLP(cfg, exact) if has_experts else MLP(cfg)
+        self.norm2_out: nn.Module | None = build_norm(cfg) if after else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Residual stream [b, t, h] -> the same shape, but for what of kept tokens the last block leaves out.
@@ -78,17 +84,22 @@ class Block(nn.Module):
             +<--------+
             |
             x
+
+        Norms may stand after attn and mlp as well, or instead.
         """
-        normed = self.norm1(x)
+        normed = x if self.norm1 is None else self.norm1(x)
         heads = None if self.drops_attention else self.attn(normed, context)
         if context.last and context.kept:
             x, normed = (taken(part, context.kept.places) for part in (x, normed))
+        if heads is not None and self.norm1_out is not None:
+            heads = self.norm1_out(heads)
         attended = torch.zeros_like(x) if heads is None else self.drop(heads)
         if not self.parallel:
-            x = x + attended
+            normed = x = x + attended
         if self.norm2 is not None:
             normed = self.norm2(x)
-        out = self.drop(self.mlp(normed))
+        out = self.mlp(normed)
+        out = self.drop(out if self.norm2_out is None else self.norm2_out(out))
         return x + (attended + out) if self.parallel else x + out
 
     def drop(self, x: Tensor) -> Tensor:
@@ -135,6 +146,7 @@ class Transformer(nn.Module):
         self.embed = Embedding(cfg.padded_vocab_size, cfg.hidden_size)
         self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
         self.embed_norm = LayerNorm(cfg.hidden_size, cfg.norm_eps) if cfg.embedding_norm else None
+        self.windowed, self.windows_differ = cfg.windowed_share > 0, 0 < cfg.windowed_share < 1
         # A dict, so that blocks keep their numbers when a pipeline stage deletes others.
         self.blocks = nn.ModuleDict({str(i): build_block(cfg, i, exact) for i in range(cfg.num_layers)})
         self.norm = build_norm(cfg)
@@ -257,13 +269,14 @@ class Transformer(nn.Module):
 
     def embedded(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
         """Embeddings [b, t, h] in the compute dtype. Raises ConfigError if learned positions end before `end`."""
-        if self.positions is not None and end > self.positions.num_embeddings:
-            limit = self.positions.num_embeddings
+        if self.positions is not None and end > (limit := self.positions.num_embeddings - self.cfg.position_offset):
             raise ConfigError(f"a sequence of {end} tokens is longer than model.max_positions={limit}")
         x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        if self.cfg.embedding_multiplier != 1.0:  # rounded to the compute dtype, as in Gemma
+            x = x * torch.tensor(self.cfg.embedding_multiplier, dtype=x.dtype).item()
         mup = self.cfg.mup or MuPConfig()
         if self.positions is not None:
-            x = x + self.positions(positions).to(x.dtype) * mup.position_multiplier
+            x = x + self.positions(positions + self.cfg.position_offset).to(x.dtype) * mup.position_multiplier
         if self.cfg.position == "sinusoidal":
             x = x + sinusoids(positions, self.cfg.hidden_size).to(x.dtype) * mup.position_multiplier
         if mup.embedding_multiplier != 1.0:
@@ -289,17 +302,22 @@ class Transformer(nn.Module):
         t = places.shape[1]
         # A single new token sees all keys; a whole sequence is plainly causal; the last of several keys are in between.
         keys, gaps = (places, False) if cache is None else (cache.keys, cache.gaps)
-        sight: Sight = "everything" if t == 1 else "causal" if t == keys.shape[1] else "last causal"
-        if gaps or reasons_for_bias(self.cfg, keys.shape[1], documents is not None):
-            sight = "bias"
-        choice = self.choice(x, sight, cache)
-        if choice.sight != "bias":
-            return Context(rotary, choice, None, cache)
-        seen = visible(places, keys, self.cfg.sliding_window)
-        if documents is not None:  # [b, 1, t, 1] == [b, 1, 1, t]
-            seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
-        dtype = torch.float32 if is_slow_half(x) else x.dtype
-        return Context(rotary, choice, score_bias(places, keys, seen, self.alibi, dtype), cache)
+        plain: Sight = "everything" if t == 1 else "causal" if t == keys.shape[1] else "last causal"
+
+        def within(window: int | None) -> tuple[KernelChoice, Tensor | None]:
+            """Kernel and bias of blocks with this window."""
+            biased = gaps or reasons_for_bias(self.cfg, window, keys.shape[1], documents is not None)
+            choice = self.choice(x, "bias" if biased else plain, cache)
+            if choice.sight != "bias":
+                return choice, None
+            seen = visible(places, keys, window)
+            if documents is not None:  # [b, 1, t, 1] == [b, 1, 1, t]
+                seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+            dtype = torch.float32 if is_slow_half(x) else x.dtype
+            return choice, score_bias(places, keys, seen, self.alibi, dtype)
+
+        window = self.cfg.sliding_window if self.windowed else None
+        return Context(rotary, *within(window), within(None) if self.windows_differ else None, cache)
 
     def choice(self, x: Tensor, sight: Sight, cache: Cache | None) -> KernelChoice:
         """The attention kernel of all blocks, for hidden states with the dtype and device of x."""
@@ -346,4 +364,4 @@ class Transformer(nn.Module):
 def _learned_positions(cfg: ModelConfig) -> Embedding:
     if cfg.max_positions is None:
         raise ConfigError("model.position=learned needs model.max_positions, the number of positions to learn")
-    return Embedding(cfg.max_positions, cfg.hidden_size)
+    return Embedding(cfg.max_positions + cfg.position_offset, cfg.hidden_size)

@@ -113,7 +113,7 @@ class MeshExecutor(Executor):
                 self._draw(config, name, piece)
             return
         for name, piece in pieces:
-            if (value := constant_value(name)) is not None:
+            if (value := constant_value(cfg, name)) is not None:
                 piece.local.fill_(value)
         # GPT-NeoX draws all matrices from one stream, so every rank draws all of them and keeps its parts.
         for drawn, matrix in neox_matrices(cfg, config.seed):
@@ -125,7 +125,7 @@ class MeshExecutor(Executor):
         """Draws one parameter's initial values. Replicas draw a share of the rows each and add up their shares."""
         replicas, rows = self.mesh.layout.dp_replicate, piece.local.shape[0]
         apart = self.mesh.experts is not None and row_of(name).kind == "experts"  # replicas of these are other ranks
-        if replicas == 1 or apart or constant_value(name) is not None:
+        if replicas == 1 or apart or constant_value(config.model, name) is not None:
             piece.local.copy_(seeded_tensor(config.model, config.seed, name, piece.shape, piece.slices))
             return
         share = -(-rows // (replicas * TILE_ROWS)) * TILE_ROWS

@@ -118,7 +118,7 @@ def _model_problems(config: CompleteConfig) -> list[str]:
     problems = [problem.text for problem in (*tensor_problems(cfg, tp), *expert_problems(cfg, parallel))]
     if parallel.cp > 1 and parallel.cp_kind != "gather":
         problems += _gather_problems(cfg, parallel)
-    if tp > 1 and cfg.qk_norm:
+    if tp > 1 and cfg.qk_norm not in (False, "head"):
         problems.append(f"model.qk_norm is one norm over all heads, which parallel.tp={tp} would split; use tp=1")
     problems += [problem.text for problem in pipeline_problems(cfg, parallel.pp, per_rank)]
     # Stages per rank that a schedule allows: one, or several in interleaved, or the two ends of zero-bubble's V.

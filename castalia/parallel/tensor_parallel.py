@@ -60,9 +60,13 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
     whole = PrepareModuleInput(input_layouts=(inside, None), desired_input_layouts=(Replicate(), None))
     block_plan: dict[str, ParallelStyle] = {
         "norm1": Replicated(inside),
+        "norm1_out": Replicated(inside),
         "norm2": Replicated(inside),
+        "norm2_out": Replicated(inside),
         "attn": whole,
         "attn.qkv": ColwiseParallel(),
+        "attn.q_norm": Replicated(Shard(2)),  # of heads [b, t, kv, ...]
+        "attn.k_norm": Replicated(Shard(2)),
         "attn.out": RowwiseParallel(output_layouts=inside),
         "mlp": PrepareModuleInput(input_layouts=(inside,), desired_input_layouts=(Replicate(),)),
         "mlp.up": ColwiseParallel(),

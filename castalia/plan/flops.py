@@ -25,8 +25,9 @@ def block_flops(model: ModelConfig, length: int, kind: LayerKind) -> float:
         return 2 * active_size(model, kind) + 7 * model.mamba_width * model.mamba_sizes.states
     if kind == "rwkv":  # the state of each head: it fades, takes in a product, is read; with the token's own
         return 2 * active_size(model, kind) + 7 * model.hidden_size * model.head_size
-    attention = 4 * model.num_heads * model.head_size * mean_context(length, model.sliding_window)
-    return 2 * active_size(model, kind) + attention
+    share = model.windowed_share  # an average, as blocks of one kind may differ in it
+    context = share * mean_context(length, model.sliding_window) + (1 - share) * mean_context(length)
+    return 2 * active_size(model, kind) + 4 * model.num_heads * model.head_size * context
 
 
 def blocks_flops(model: ModelConfig, length: int) -> float:

@@ -159,7 +159,7 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
         for kind in model.other_kinds
     }
     if model.attention_layers:
-        attention = _attention_block(model, layout, tokens, length, compute)
+        attention = _attention_blocks(model, layout, tokens, length, compute)
         kept |= {"dense": attention, "moe": attention}
     every = [kept[kind] for kind in model.layer_kinds]
     return Activations(*(sum(values) // len(every) for values in zip(*map(astuple, every), strict=True)))
@@ -231,6 +231,16 @@ def _channel_values(model: ModelConfig, tokens: int) -> int:
     return tokens * (6 * model.hidden_size + 2 * model.rwkv_width)
 
 
+def _attention_blocks(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
+    """`activations` of blocks with attention, of which only some may have the sliding window, on average."""
+    share = model.windowed_share
+    whole = model.with_({"sliding_window": None}) if share < 1 and model.sliding_window else model
+    parts = [_attention_block(each, layout, tokens, length, compute) for each in (model, whole)]
+    if whole is model:
+        return parts[0]
+    return Activations(*(int(share * a + (1 - share) * b) for a, b in zip(*map(astuple, parts), strict=True)))
+
+
 def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
     """`activations` of a block with attention, with as many experts as they have on average."""
     size, tp = compute.element_bytes, layout.tp
@@ -242,11 +252,13 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
 
     reads = _inputs_kept(model, compute.finetune)  # modules whose input autograd keeps
     reading = ["attn.qkv" in reads, bool({"mlp.up", "mlp.gate"} & reads)]
-    num_norms = 1 if model.has_one_norm else 2
+    num_norms = 1 if model.has_one_norm else 4 if model.norm_placement == "both" else 2
     outputs = any(reading) if model.has_one_norm else sum(reading)
     how = attending(model, layout, tokens, length, compute)
     attention = 2 * heads + 2 * kv  # q, k and v in one tensor, and the output
     copies = heads + kv if model.position == "rotary" or model.qk_norm else 0
+    copies += heads + kv if isinstance(model.qk_norm, str) else 0  # before the norms and after
+    copies += heads + 2 * kv if model.clip_qkv else 0  # the unclipped ones
     grouped = model.kv_heads < model.num_heads
     copies += heads if grouped else 0  # queries, copied from their interleaved groups into one tensor
     if how.choice.repeats:  # queries, repeated keys, repeated values and the output

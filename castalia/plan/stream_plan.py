@@ -206,7 +206,7 @@ def evaluation_work(model: ModelConfig, shape: EvaluationShape, element_bytes: i
     """Micro-batches of windows. A bias of attention, where one is needed, is kept with each of them."""
     length, tokens, different = shape.length, shape.rows * shape.length, shape.rows if shape.documents else 1
     bias = 0
-    if reasons_for_bias(model, length, shape.documents):
+    if reasons_for_bias(model, model.sliding_window, length, shape.documents):
         bias = different * (model.num_heads if model.position == "alibi" else 1) * length**2
     rotary = different * length * model.head_size
     kept = element_bytes * (tokens * model.hidden_size + bias + rotary) + 3 * 8 * tokens

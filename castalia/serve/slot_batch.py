@@ -34,7 +34,7 @@ class SlotBatch:
         self.end = max(lengths) + 1
         places = torch.tensor([*lengths, *[0] * (width - len(caches))], device=model.device)
         self.keys = places[:, None]  # [width, 1]: of the new tokens alone, since each row masks its own
-        self.biases: list[Tensor | None] = []  # of each row, the same in all layers
+        self.biases: dict[int | None, list[Tensor | None]] = {}  # by window: of each row, the same in all layers
 
     def reserve(self, count: int) -> Tensor:
         """The places of the new tokens: [width, 1]."""
@@ -45,12 +45,13 @@ class SlotBatch:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Attention of each row to its own tokens: q [width, n, 1, d] -> the same shape, 0 for padding."""
         choice, _ = options.pop("choice"), options.pop("bias")
-        if not self.biases:
-            self.biases = [self._bias(cache, q) for cache in self.caches]
+        window = self.stage.cfg.window_of(layer)
+        if window not in self.biases:
+            self.biases[window] = [self._bias(cache, q, window) for cache in self.caches]
             self.masked = self.stage.choice(q, "bias", self)
-        outputs = []
+        outputs, biases = [], self.biases[window]
         # In Python every operation counts, so that rows are taken apart and put together by one each.
-        for cache, bias, *own in zip(self.caches, self.biases, q.split(1), k.split(1), v.split(1), strict=False):
+        for cache, bias, *own in zip(self.caches, biases, q.split(1), k.split(1), v.split(1), strict=False):
             kernel = choice if bias is None else self.masked
             outputs.append(cache.attend(layer, *own, choice=kernel, bias=bias, **options))
         if padding := len(q) - len(outputs):
@@ -82,9 +83,8 @@ class SlotBatch:
         for cache in self.caches:
             cache.advance(count)
 
-    def _bias(self, cache: KVCache, q: Tensor) -> Tensor | None:
+    def _bias(self, cache: KVCache, q: Tensor, window: int | None) -> Tensor | None:
         """ALiBi's distances, or a window that hides early keys: [1, 1 or n, 1, k]."""
-        window = self.stage.cfg.sliding_window
         if self.stage.alibi is None and (window is None or cache.end <= window + 1):
             return None
         own, keys = cache.places[:, cache.length : cache.end], cache.places[:, : cache.end]

@@ -26,6 +26,7 @@ KINDS = {
     "alibi": {"position": "alibi"},
     "window": {"sliding_window": 5},
     "RWKV": {"pattern": ("rwkv", "attention"), "num_layers": 3},
+    "window of some blocks": {"sliding_window": 5, "window_pattern": (True, False)},
     "Mamba": {"pattern": ("mamba", "attention"), "num_layers": 3},
     "gMLP": {"pattern": ("gmlp", "attention", "amlp"), "num_layers": 3},
 }

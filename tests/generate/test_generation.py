@@ -19,7 +19,17 @@ def uncached(model, tokenizer, prompt: str, count: int) -> str:
     return tokenizer.decode(written)
 
 
-@pytest.mark.parametrize("update", [{}, {"position": "learned"}, {"position": "alibi"}, {"sliding_window": 7}], ids=str)
+@pytest.mark.parametrize(
+    "update",
+    [
+        {},
+        {"position": "learned"},
+        {"position": "alibi"},
+        {"sliding_window": 7},
+        {"sliding_window": 7, "window_pattern": (False, True)},
+    ],
+    ids=str,
+)
 @torch.inference_mode()
 def test_greedy_batch_equals_uncached(make_model, tokenizer, update):
     model = make_model(**update)

@@ -16,6 +16,7 @@ VARIANTS = [
     {"position": "alibi"},
     {"position": "none"},
     {"sliding_window": 5},
+    {"sliding_window": 5, "window_pattern": (True, False), "rotary_pattern": (False, True)},
     {"position": "alibi", "sliding_window": 5},
     {"parallel_residual": True, "rotary_pct": 0.5},
 ]

@@ -15,6 +15,17 @@ FAMILIES = {
     "shared norm, one kv head": {"parallel_residual": True, "shared_norm": True, "num_kv_heads": 1},
     "gated, side by side": {"parallel_residual": True, "norm": "rmsnorm", "gated_mlp": True, "mlp_bias": False},
     "alibi": {"parallel_residual": True, "position": "alibi", "norm": "scalenorm"},
+    "norms of heads": {
+        "norm": "rmsnorm",
+        "qk_norm": "head",
+        "head_dim": 12,
+        "norm_placement": "both",
+        "zero_centered_norms": True,
+        "sliding_window": 5,
+        "window_pattern": (True, False),
+        "rotary_pattern": (False, True),
+    },
+    "zero-centered, side by side": {"parallel_residual": True, "norm": "rmsnorm", "zero_centered_norms": True},
     "no parameters in norms": {
         "parallel_residual": True,
         "norm": "layernorm_no_params",

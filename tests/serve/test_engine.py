@@ -36,6 +36,7 @@ KINDS = [
     {"position": "learned", "norm": "layernorm", "parallel_residual": True},
     {"position": "alibi", "num_kv_heads": 4},
     {"sliding_window": 7},
+    {"sliding_window": 7, "window_pattern": (False, True)},
     {"gated_mlp": True, "norm": "rmsnorm", "tie_embeddings": True},
     {"experts": ExpertsConfig(count=4, top_k=2), "hidden_size": 64},
     {"pattern": ("attention", "amlp"), "amlp_size": 16},

@@ -29,6 +29,19 @@ OTHERS = {
     "shared norm": ModelConfig(**SIZES, parallel_residual=True, shared_norm=True, norm="layernorm_no_params"),
     "other kinds": ModelConfig(**SIZES | {"num_layers": 4}, pattern=("mamba", "attention", "amlp"), amlp_size=8),
     "RWKV": ModelConfig(**SIZES | {"num_layers": 4}, pattern=("rwkv", "attention"), embedding_norm=True),
+    "norms of heads": ModelConfig(
+        **SIZES,
+        norm="rmsnorm",
+        qk_norm="head",
+        head_dim=12,
+        norm_placement="both",
+        zero_centered_norms=True,
+        sliding_window=5,
+        window_pattern=(True, False),
+        embedding_norm=True,
+        embedding_multiplier=3.0,
+    ),
+    "norms after": ModelConfig(**SIZES, position="learned", position_offset=2, norm_placement="after", qk_norm="width"),
     "deep": ModelConfig(**SIZES | {"num_layers": 7}, rotary_pct=0.25, parallel_residual=True),
 }
 

@@ -24,7 +24,7 @@ class Architecture:
 
     rules: Callable[[ModelConfig], list[Rule]]  # without that of the head
     fixed: Mapping[str, Any]  # settings of ours that it fixes
-    holds: Mapping[str, set]  # values of our settings that it computes; of those left out all
+    holds: Mapping[str, set | None]  # values of our settings that it computes; of those left out all
     scalings: tuple[str, ...]  # kinds of rotary scaling that it computes
     needs: tuple[str, ...] = ()  # settings whose tensors must be there: a model without gets zeros, or a copied head
 
@@ -76,12 +76,12 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
     return ends + per_block(block, model.num_layers)
 
 
-EVERY: dict[str, set] = {
+EVERY: dict[str, set | None] = {
     "qk_norm": {False}, "shared_norm": {False}, "sliding_window": {None}, "reward_head": {False},
     "rms_eps_inside": {True},
 }  # fmt: skip
 # llama.cpp has one GELU, the approximation by tanh.
-GELU: dict[str, set] = {"norm": {"layernorm"}, "gated_mlp": {False}, "activation": {"gelu", "gelu_tanh"}}
+GELU: dict[str, set | None] = {"norm": {"layernorm"}, "gated_mlp": {False}, "activation": {"gelu", "gelu_tanh"}}
 BIASES = ("attention_bias", "mlp_bias")
 ARCHITECTURES = {
     "gptneox": Architecture(

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from castalia.checkpoint.formats.huggingface.block_patterns import READ_PATTERNS, WRITTEN_PATTERNS, windowed
 from castalia.checkpoint.formats.huggingface.mixtures import MIXTRAL, written_mixtral
-from castalia.checkpoint.formats.huggingface.names import ACTIVATIONS, FAMILIES, Family
+from castalia.checkpoint.formats.huggingface.model_type import ACTIVATIONS, Family
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, plain_values
 from castalia.config.schema import MambaConfig, ModelConfig, RopeScaling
 from castalia.errors import CheckpointError
 from castalia.reading import keys, read_json
@@ -17,12 +19,13 @@ from castalia.reading import keys, read_json
 COUNTS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "sliding_window", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "head_dim",
-    "state_size", "conv_kernel", "num_local_experts", "num_experts_per_tok",
+    "state_size", "conv_kernel", "num_local_experts", "num_experts_per_tok", "num_layers", "num_heads", "window_size",
+    "ffn_dim", "word_embed_proj_dim", "rotary_dim", "n_embed", "no_rope_layer_interval",
 )  # fmt: skip
 SHARES = (
     "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct", "embd_pdrop",
     "partial_rotary_factor", "attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "expand",
-    "router_jitter_noise",
+    "clip_qkv", "resid_dropout", "embed_dropout", "dropout", "layerdrop", "router_jitter_noise",
 )  # fmt: skip
 FLAGS = (
     "use_conv_bias",
@@ -32,8 +35,12 @@ FLAGS = (
     "attention_bias",
     "mlp_bias",
     "tie_word_embeddings",
+    "use_sliding_window",
+    "use_qkv_bias",
+    "qk_layernorm",
 )
 WORDS = ("model_type", "hidden_act", "activation_function", "dtype", "torch_dtype")
+LISTS = ("layer_types", "no_rope_layers", "attention_types")
 TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
 Count = Annotated[int, Field(gt=0, lt=1 << 40)]
 GIVEN = keys(  # of config.json
@@ -43,7 +50,9 @@ GIVEN = keys(  # of config.json
         **dict.fromkeys(SHARES, float | None),
         **dict.fromkeys(FLAGS, bool | None),
         **dict.fromkeys(WORDS, str | None),
+        **dict.fromkeys(LISTS, list | None),
         **dict.fromkeys(TABLES, dict[str, Any] | None),
+        "max_window_layers": Annotated[int, Field(ge=0, lt=1 << 40)] | None,
     }
 )
 
@@ -53,7 +62,10 @@ class ConfigJson:
 
     def __init__(self, path: Path, given: Mapping[str, Any], family: Family) -> None:
         self.path, self.family = path, family
-        self.given = {key: value for key, value in given.items() if key not in family.foreign}
+        known = {key: value for key, value in given.items() if key not in family.foreign}
+        self.given = {family.aliases[key]: value for key, value in known.items() if key in family.aliases} | {
+            key: value for key, value in known.items() if key not in family.aliases
+        }
         self.values = {**family.defaults, **self.given}
         ignored = [f"{key}={given[key]}" for key in family.foreign if given.get(key)]
         kind = given.get("model_type")
@@ -102,21 +114,31 @@ def model_of(config: ConfigJson) -> ModelConfig:
 def settings(config: ConfigJson) -> dict[str, Any]:
     """The settings of `ModelConfig` that the file, or its model type, fixes."""
     family = config.family
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"embedding_multiplier": config["hidden_size"] ** 0.5} if family.scales_embedding else {}
     for key in family.refused:
-        config.require(key, False)
+        config.require(key, False, None)
     for key, names in family.keys.items():
         if isinstance(names, bool):
             config.require(key, names)
             continue
         for name in names.split():
             if name not in values:  # otherwise this key is another spelling
-                values[name] = READERS.get(name, _as_it_is)(config, key)
+                read = _word if key in family.words else READERS.get(name, _as_it_is)
+                values[name] = read(config, key)
     return {**family.fixed, **{name: value for name, value in values.items() if name in ModelConfig.model_fields}}
 
 
 def _as_it_is(config: ConfigJson, key: str) -> Any:
     return config[key]
+
+
+def _word(config: ConfigJson, key: str) -> Any:
+    """A value that the family has another word for."""
+    words = config.family.words[key]
+    if isinstance(config[key], str) and config[key] not in words:
+        return READERS["activation"](config, key)
+    config.require(key, *words)
+    return words[config[key]]
 
 
 def _flag(config: ConfigJson, key: str) -> bool:
@@ -129,16 +151,24 @@ def _activation(config: ConfigJson, key: str) -> str:
     return ACTIVATIONS[config[key]]
 
 
-def _head_size(config: ConfigJson, key: str) -> Any:
-    """The class's heads may have any size; ours share the hidden size."""
-    config.require(key, None, config["hidden_size"] // config["num_attention_heads"])
-    return config[key]
+def _head_dim(config: ConfigJson, key: str) -> int | None:
+    """None where heads share the hidden size, as where nothing is said."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    return None if not heads or config[key] == hidden / heads else config[key]
+
+
+def _same_width(config: ConfigJson, key: str) -> int:
+    """The width of embeddings, which is that of the hidden state."""
+    config.require(key, None, config["hidden_size"])
+    return config["hidden_size"]
 
 
 def _window(config: ConfigJson, key: str) -> int | None:
     """Hugging Face's window counts the token itself, ours only the tokens before it."""
+    if not any(windowed(config)):
+        return None
     if config[key] == 1:
-        raise config.refuse("sliding_window=1 is not supported: tokens would see only themselves")
+        raise config.refuse(f"{key}=1 is not supported: tokens would see only themselves")
     return None if config[key] is None else config[key] - 1
 
 
@@ -153,7 +183,8 @@ def _rotary_base(config: ConfigJson, key: str) -> float:
 
 def _rotary_share(config: ConfigJson, key: str) -> float:
     share = _either(config, _rope(config), key, "rotary_pct")
-    if share not in config.family.holds.get("rotary_pct", {share}):
+    allowed = config.family.holds.get("rotary_pct")
+    if allowed is not None and share not in allowed:
         raise config.refuse(f"partial_rotary_factor={share} means nothing in a {config['model_type']} model")
     return share
 
@@ -221,9 +252,9 @@ def _experts(config: ConfigJson, key: str) -> dict[str, Any]:
 
 
 READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # settings that are not simply the value of their key
-    "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_size": _head_size,
-    "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share, "rope_scaling": _rope_scaling,
-    "mamba": _mamba, "experts": _experts,
+    "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_dim": _head_dim,
+    "same_width": _same_width, "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share,
+    "rope_scaling": _rope_scaling, "mamba": _mamba, "experts": _experts, **READ_PATTERNS,
 }  # fmt: skip
 
 
@@ -242,20 +273,38 @@ def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mappi
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     config |= {"vocab_size": model.padded_vocab_size, "tie_word_embeddings": model.tie_embeddings}
     config |= {"initializer_range": model.init_std, "use_cache": True}
+    model = model.with_(plain_values(model))
     for key, names in family.keys.items():
-        config[key] = names if isinstance(names, bool) else getattr(model, names.split()[0])
-        if names == "activation":
+        if isinstance(names, bool):
+            config[key] = names
+            continue
+        name = names.split()[0]
+        if key in family.words:
+            config[key] = next(word for word, ours in family.words[key].items() if ours == getattr(model, name))
+        elif name == "activation":
             written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {"gelu_tanh": family.gelu_tanh}
             config[key] = written[model.activation]
-        elif names == "mamba":
-            config[key] = _written_mamba(model)[key]
-        elif names == "experts":
-            config[key] = written_mixtral(model)[key]
-        elif names == "sliding_window" and model.sliding_window is not None:
-            config[key] += 1  # Hugging Face counts the token itself
-        elif names == "rope_scaling":
-            config[key] = _written_rope(model, nested=key == "rope_parameters")
+        else:
+            config[key] = WRITERS[name](model, key) if name in WRITERS else getattr(model, name)
     return config
+
+
+WRITERS: dict[str, Callable[[ModelConfig, str], Any]] = {  # the other way round of `READERS`
+    "mamba": lambda model, key: _written_mamba(model)[key],
+    "experts": lambda model, key: written_mixtral(model)[key],
+    "head_dim": lambda model, key: model.head_size,
+    "sliding_window": lambda model, key: _written_window(model, key),
+    "same_width": lambda model, key: model.hidden_size,
+    "rope_scaling": lambda model, key: _written_rope(model, nested=key == "rope_parameters"),
+    **WRITTEN_PATTERNS,
+}
+
+
+def _written_window(model: ModelConfig, key: str) -> int | None:
+    """Hugging Face counts the token itself. GPT-Neo has a number in any case."""
+    if model.sliding_window is None:
+        return 256 if key == "window_size" else None
+    return model.sliding_window + 1
 
 
 def _written_rope(model: ModelConfig, nested: bool) -> dict[str, Any] | None:

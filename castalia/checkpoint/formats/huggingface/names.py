@@ -6,15 +6,15 @@ tensors by `rules`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from castalia.checkpoint.formats.huggingface.dense_families import DENSE
 from castalia.checkpoint.formats.huggingface.mixtures import lacking_of_mixtral, mixtral_rules
+from castalia.checkpoint.formats.huggingface.model_type import ACTIVATIONS, SCORE, Family, by_group
 from castalia.checkpoint.mamba_tensors import mamba_rules
 from castalia.checkpoint.rules import (
     Chain,
-    Interleave,
     PermuteRows,
     Rule,
     Transpose,
@@ -23,44 +23,6 @@ from castalia.checkpoint.rules import (
 )
 from castalia.config.schema import ModelConfig, shortest
 from castalia.errors import CheckpointError
-
-ACTIVATIONS = {  # `hidden_act` -> ours; the first of several that mean the same is written
-    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu", "mish": "mish",
-    "sigmoid": "sigmoid", "linear": "identity",
-}  # fmt: skip
-
-
-CLASSIFIER = "ForSequenceClassification"  # how the names of such classes end
-SCORE = "score.weight"  # their head, which stands outside of the prefix as the others do
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`: what the keys of its config.json and its tensors are in our model."""
-
-    class_name: str
-    prefix: str  # of the tensors of the model without its head
-    head: str
-    # Keys of config.json in the order in which they are written. A name is that of our setting; of several names, the
-    # first is written and all are read. A truth value is the only one that our model has an equal of.
-    keys: Mapping[str, str | bool]
-    fixed: Mapping[str, Any]  # settings of ours that the model type fixes
-    holds: Mapping[str, set]  # the values of our settings that the class can compute; settings left out may have any
-    defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
-    rules: Callable[[ModelConfig], list[Rule]]
-    # The modules with parameters in the order in which the class defines them, which numbers the Trainer's optimizer
-    # state: before the blocks, in each block, after the blocks; heads follow. Empty: no such state is read or written.
-    modules: tuple[str, str, str]
-    head_modules: tuple[str, ...] = ("lm_head",)  # its name in transformers 5, and its name before
-    foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
-    refused: tuple[str, ...] = ()  # keys that must be false, and are not written
-    gelu_tanh: str = "gelu_pytorch_tanh"  # as the published models of this class call it
-
-    @property
-    def reward_class(self) -> str:
-        """The class of reward models, which `AutoModelForSequenceClassification` chooses."""
-        return self.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + CLASSIFIER
 
 
 def _neox_rules(model: ModelConfig) -> list[Rule]:
@@ -99,14 +61,12 @@ def _gpt2_rules(model: ModelConfig) -> list[Rule]:
 
 
 def _llama_rules(model: ModelConfig) -> list[Rule]:
-    size = model.head_size
-    by_group = Interleave((model.num_heads // model.kv_heads * size, size, size), model.kv_heads)
     layer, attention = "layers.{i}.", "layers.{i}.self_attn."
     projections = " ".join(attention + name for name in ("q_proj", "k_proj", "v_proj"))
     block = [
         Rule("blocks.{i}.norm1.weight", layer + "input_layernorm.weight"),
         Rule("blocks.{i}.norm2.weight", layer + "post_attention_layernorm.weight"),
-        *with_bias("blocks.{i}.attn.qkv", projections, by_group, bias=model.attention_bias),
+        *with_bias("blocks.{i}.attn.qkv", projections, by_group(model), bias=model.attention_bias),
         *with_bias("blocks.{i}.attn.out", attention + "o_proj", bias=model.attention_bias),
     ]
     mlp = [
@@ -146,7 +106,7 @@ GPT2_KEYS: dict[str, str | bool] = {
     "scale_attn_by_inverse_layer_idx": False,
 }  # fmt: skip
 LLAMA_KEYS = _KEYS | {
-    "num_key_value_heads": "num_kv_heads", "head_dim": "head_size", "rms_norm_eps": "norm_eps", "mlp_bias": "mlp_bias",
+    "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "rms_norm_eps": "norm_eps", "mlp_bias": "mlp_bias",
 }  # fmt: skip
 MISTRAL_KEYS = LLAMA_KEYS | {"sliding_window": "sliding_window"}
 _MIXTURE = ("num_local_experts", "num_experts_per_tok", "intermediate_size", "router_jitter_noise")
@@ -193,21 +153,21 @@ MAMBA_DEFAULTS = {
     "residual_in_fp32": True, "time_step_rank": "auto", "tie_word_embeddings": True,
 }  # fmt: skip
 LLAMA_FIXED = {"norm": "rmsnorm", "gated_mlp": True, "sliding_window": None}
-LLAMA_HOLDS: dict[str, set] = {
+LLAMA_HOLDS: dict[str, set | None] = {
     "norm": {"rmsnorm"}, "rms_eps_inside": {True}, "position": {"rotary"}, "rotary_pct": {1.0}, "gated_mlp": {True},
-    "parallel_residual": {False}, "qk_norm": {False},
+    "parallel_residual": {False}, "qk_norm": {False}, "head_dim": None,
 }  # fmt: skip
 MAMBA_FIXED = {"pattern": ("mamba",), "norm": "rmsnorm", "position": "none", "num_heads": 1}
 # Positions that act in attention alone, and all that an MLP has, change nothing.
-MAMBA_HOLDS: dict[str, set] = {
+MAMBA_HOLDS: dict[str, set | None] = {
     "pattern": {("mamba",)}, "norm": {"rmsnorm"}, "rms_eps_inside": {True}, "reward_head": {False},
     "position": {"none", "rotary", "alibi"}, "gated_mlp": {False, True}, "qk_norm": {False, True},
 }  # fmt: skip
-NEOX_HOLDS: dict[str, set] = {
+NEOX_HOLDS: dict[str, set | None] = {
     "norm": {"layernorm"}, "position": {"rotary"}, "gated_mlp": {False}, "shared_norm": {False},
     "num_kv_heads": {None}, "mlp_bias": {True}, "qk_norm": {False}, "sliding_window": {None},
 }  # fmt: skip
-GPT2_HOLDS: dict[str, set] = {
+GPT2_HOLDS: dict[str, set | None] = {
     "norm": {"layernorm"}, "position": {"learned"}, "gated_mlp": {False}, "parallel_residual": {False},
     "num_kv_heads": {None}, "attention_bias": {True}, "mlp_bias": {True}, "qk_norm": {False},
     "sliding_window": {None},
@@ -254,6 +214,7 @@ FAMILIES = {
         "MambaForCausalLM", "backbone.", "lm_head.weight", MAMBA_KEYS, MAMBA_FIXED, MAMBA_HOLDS, MAMBA_DEFAULTS,
         _mamba_rules, ("", "", ""),
     ),
+    **DENSE,
 }  # fmt: skip
 # Settings that every class has a key for, or that change nothing about what the model computes. A model whose other
 # settings are not the defaults fits no class.
@@ -291,7 +252,8 @@ def _lacking(model: ModelConfig, kind: str) -> list[str]:
     if kind == "mixtral":
         plain = model.model_copy(update={"experts": None})
         return lacking(plain, FAMILIES[kind].holds) + lacking_of_mixtral(model.experts)
-    result = lacking(model, FAMILIES[kind].holds)
+    scale = {"embedding_multiplier": {model.hidden_size**0.5}} if FAMILIES[kind].scales_embedding else {}
+    result = lacking(model, {**FAMILIES[kind].holds, **scale})
     if kind == "mamba":
         if model.mamba_sizes.linear_bias:
             result.append("model.mamba.linear_bias=True (only False)")
@@ -302,18 +264,40 @@ def _lacking(model: ModelConfig, kind: str) -> list[str]:
     return result
 
 
-def lacking(model: ModelConfig, holds: Mapping[str, set]) -> list[str]:
+def lacking(model: ModelConfig, holds: Mapping[str, set | None]) -> list[str]:
     """The settings whose values are not among those that another program's class `holds`, each with these values."""
     values = {**model.model_dump(), "shared_norm": model.has_one_norm, "pattern": shortest(model.pattern)}
     values["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
     values["rms_eps_inside"] = model.rms_eps_inside or model.norm != "rmsnorm"
+    values |= plain_values(model)
+    if "attention_out_bias" in holds:
+        values["attention_out_bias"] = model.out_bias
+    # Settings that mean nothing in this model.
+    idle: tuple[str, ...] = () if model.parallel_residual else ("shared_norm",)
+    idle += () if model.position == "rotary" else ("rotary_pct", "rope_scaling")
+    holds = {key: allowed for key, allowed in holds.items() if key not in idle}
     result = [
         f"model.{key}={values[key]} (only {' or '.join(str(value) for value in allowed)})"
         for key, allowed in holds.items()
-        if values[key] not in allowed
+        if allowed is not None and values[key] not in allowed
     ]
     return result + [
         f"model.{key}={values[key]}"
         for key, field in ModelConfig.model_fields.items()
         if key not in FREE and key not in holds and values[key] != field.default
     ]
+
+
+def plain_values(model: ModelConfig) -> dict[str, Any]:
+    """Settings that have several values for the same model, each with the plainest."""
+    windows = shortest([model.window_of(layer) is not None for layer in range(model.num_layers)])
+    turning = shortest([model.rotates(layer) for layer in range(model.num_layers)])
+    usual = model.head_size * model.num_heads == model.hidden_size
+    return {
+        "head_dim": None if usual else model.head_dim,
+        "attention_out_bias": None if model.out_bias == model.attention_bias else model.out_bias,
+        "sliding_window": model.sliding_window if any(windows) else None,
+        "window_pattern": windows if any(windows) else (True,),
+        "rotary_pattern": turning if model.position == "rotary" else (True,),
+        "position_offset": model.position_offset if model.position == "learned" else 0,
+    }

@@ -1,4 +1,4 @@
-"""Read Hugging Face folders of GPT-NeoX, GPT-2, Llama, Mistral, Mixtral and Mamba: safetensors or `.bin` files."""
+"""Read Hugging Face folders of the model types in `names.py`: weights in safetensors or `.bin` files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from castalia.checkpoint.formats.huggingface.config_json import (
     settings,
     spelled_out,
 )
-from castalia.checkpoint.formats.huggingface.names import CLASSIFIER, SCORE, Family, table
+from castalia.checkpoint.formats.huggingface.model_type import CLASSIFIER, SCORE, Family
+from castalia.checkpoint.formats.huggingface.names import table
 from castalia.checkpoint.neox_defects import INHERITED_TYPES, take_inherited
 from castalia.checkpoint.rules import STATE_ROLES, to_ours
 from castalia.checkpoint.sampled_values import fingerprint
@@ -187,7 +188,11 @@ def _check_blocks(path: Path, names: Iterable[str], expected: int) -> None:
 
 def _by_rank(tensors: Mapping[str, TensorRef], family: Family) -> dict[str, list[TensorRef]]:
     heads = {f"{module}.weight": family.head for module in family.head_modules}
-    return {heads.get(name, name.removeprefix(family.prefix)): [ref] for name, ref in tensors.items()}
+    # Files of a model without its head lack the first part of the prefix, or all of it.
+    inner = family.prefix.partition(".")[2]
+    return {
+        heads.get(name, name.removeprefix(family.prefix).removeprefix(inner)): [ref] for name, ref in tensors.items()
+    }
 
 
 def _optimizer(

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from castalia.checkpoint.formats import TRAINER_STATE
-from castalia.checkpoint.formats.huggingface.names import SCORE, Family, table
+from castalia.checkpoint.formats.huggingface.model_type import SCORE, Family
+from castalia.checkpoint.formats.huggingface.names import table
 from castalia.checkpoint.rules import MOMENTS, to_ours, to_theirs
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, state_tensors
 from castalia.config.lr_schedule import STORED_NAMES, LearningRate

@@ -25,7 +25,8 @@ from castalia.checkpoint.file_plan import (
     write_bytes,
 )
 from castalia.checkpoint.formats.huggingface.config_json import to_config_json
-from castalia.checkpoint.formats.huggingface.names import FAMILIES, SCORE, Family, family_of, table
+from castalia.checkpoint.formats.huggingface.model_type import SCORE, Family
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, family_of, table
 from castalia.checkpoint.formats.huggingface.read import BESIDE, CONFIG
 from castalia.checkpoint.formats.huggingface.trainer import trainer_files
 from castalia.checkpoint.restore import architecture

@@ -19,6 +19,7 @@ from castalia.checkpoint.formats.deepspeed.write import (
     state_of,
     weights_of,
 )
+from castalia.checkpoint.formats.huggingface.names import lacking
 from castalia.checkpoint.formats.megatron.read import GATED, POSITIONS
 from castalia.checkpoint.formats.neox.names import MEGATRON, megatron_qkv, table
 from castalia.checkpoint.formats.neox.write import padded
@@ -46,12 +47,11 @@ from castalia.storage.pt_writer import Instance
 
 VERSION = 3.0  # `checkpoint_version`: the order of fused rows
 RANDOM = "there are no states of random generators: start Megatron-DeepSpeed with --no-load-rng"
-# The values of settings that Megatron-DeepSpeed can compute. Settings that are not listed may have any.
-HOLDS: dict[str, set[Any]] = {
+# The values of settings that Megatron-DeepSpeed can compute; None: any.
+HOLDS: dict[str, set | None] = {
     "tie_embeddings": {True}, "parallel_residual": {False}, "norm": {"layernorm"}, "qk_norm": {False},
     "position": set(POSITIONS.values()), "rotary_pct": {1.0}, "rope_scaling": {None}, "sliding_window": {None},
-    "attention_bias": {True}, "mlp_bias": {True}, "experts": {None},
-    "pattern": {("attention",)},
+    "attention_bias": {True}, "mlp_bias": {True}, "gated_mlp": None,
 }  # fmt: skip
 
 
@@ -88,12 +88,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 
 def check(model: ModelConfig, layout: TargetLayout, era: str, path: str) -> None:
     """Raises CheckpointError that names the settings that Megatron-DeepSpeed cannot compute."""
-    settings = model.model_dump()
-    wrong = [
-        f"model.{key}={settings[key]} (only {' or '.join(map(str, allowed))})"
-        for key, allowed in HOLDS.items()
-        if all(settings[key] != value for value in allowed) and not (key == "rotary_pct" and model.position != "rotary")
-    ]
+    wrong = lacking(model, HOLDS)
     activations = set(GATED.values()) if model.gated_mlp else {"gelu", "gelu_tanh"}
     if model.activation not in activations:
         wrong.append(f"model.activation={model.activation} (only {' or '.join(sorted(activations))})")

@@ -19,7 +19,8 @@ from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import tokenizer_settings
 from castalia.checkpoint.formats.huggingface import read as huggingface_read
 from castalia.checkpoint.formats.huggingface import trainer
-from castalia.checkpoint.formats.huggingface.names import FAMILIES, SCORE, Family, family_of, table
+from castalia.checkpoint.formats.huggingface.model_type import SCORE, Family
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, family_of, table
 from castalia.checkpoint.formats.huggingface.read import has_weights, open_file, read_table
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
 from castalia.checkpoint.tensors import Checkpoint

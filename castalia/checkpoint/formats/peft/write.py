@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.file_plan import Plan, WriteOptions, json_output, tensors_output
-from castalia.checkpoint.formats.huggingface.names import FAMILIES, SCORE
+from castalia.checkpoint.formats.huggingface.model_type import SCORE
+from castalia.checkpoint.formats.huggingface.names import FAMILIES
 from castalia.checkpoint.formats.peft.read import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices, vocabulary_modules
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import hf_tokenizer

@@ -1,0 +1,103 @@
+"""What is said of one model type of Hugging Face, and rules that follow from the names of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from castalia.checkpoint.rules import Chain, Each, Interleave, Inverse, Op, PermuteRows, Rule, Same, per_block
+from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, row_of, shapes_of
+
+ACTIVATIONS = {  # `hidden_act` -> ours; the first of several that mean the same is written
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu", "mish": "mish",
+    "sigmoid": "sigmoid", "linear": "identity",
+}  # fmt: skip
+
+
+CLASSIFIER = "ForSequenceClassification"  # how the names of such classes end
+SCORE = "score.weight"  # their head, which stands outside of the prefix as the others do
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: what the keys of its config.json and its tensors are in our model."""
+
+    class_name: str
+    prefix: str  # of the tensors of the model without its head
+    head: str
+    # Keys of config.json in the order in which they are written. A name is that of our setting; of several names, the
+    # first is written and all are read. A truth value is the only one that our model has an equal of.
+    keys: Mapping[str, str | bool]
+    fixed: Mapping[str, Any]  # settings of ours that the model type fixes
+    # The values of our settings that the class can compute; None: any. Of settings left out, those in `FREE` may have
+    # any value, others must have the default.
+    holds: Mapping[str, set | None]
+    defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
+    rules: Callable[[ModelConfig], list[Rule]]
+    # The modules with parameters in the order in which the class defines them, which numbers the Trainer's optimizer
+    # state: before the blocks, in each block, after the blocks; heads follow. Empty: no such state is read or written.
+    modules: tuple[str, str, str]
+    head_modules: tuple[str, ...] = ("lm_head",)  # its name in transformers 5, and its name before
+    foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
+    refused: tuple[str, ...] = ()  # keys that must be false, and are not written
+    gelu_tanh: str = "gelu_pytorch_tanh"  # as the published models of this class call it
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other spellings of keys, which are not written
+    # Of keys whose values are not ours: their values -> ours. Of equal ones of ours the first is written.
+    words: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    scales_embedding: bool = False  # whether the class multiplies embeddings by the root of the hidden size
+
+    @property
+    def reward_class(self) -> str:
+        """The class of reward models, which `AutoModelForSequenceClassification` chooses."""
+        return self.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + CLASSIFIER
+
+
+def by_group(model: ModelConfig) -> Interleave:
+    """From three tensors, all queries, all keys, all values, to our fused one."""
+    size = model.head_size
+    return Interleave((model.num_heads // model.kv_heads * size, size, size), model.kv_heads)
+
+
+def by_group_of_pairs(model: ModelConfig) -> Op:
+    """As `by_group`, where row 2j of a head rotates together with row 2j + 1: ours are row j and row j + half."""
+
+    def halves(heads: int) -> Op:
+        """The rotating rows of each head in our order."""
+        rotating, rest = model.rotary_size, model.head_size - model.rotary_size
+        order = PermuteRows((heads, rotating // 2, 2), (0, 2, 1))
+        if not rest:
+            return order
+        split = Interleave((rotating, rest), heads)
+        return Chain(Inverse(split), Each((order, Same())), split)
+
+    return Chain(Each((halves(model.num_heads), halves(model.kv_heads), Same())), by_group(model))
+
+
+def by_module(
+    layer: str, inside: Mapping[str, str], outside: Mapping[str, str], qkv: Callable[[ModelConfig], Op] = by_group
+) -> Callable[[ModelConfig], list[Rule]]:
+    """The rules of a class that has the tensors of our modules, with other names.
+
+    `layer`: the prefix of a block, with {i}; `inside`: our modules of a block -> theirs; `outside`: those of the model.
+    `qkv`: how its tensors become our fused one.
+    """
+
+    def rule(name: str, theirs: str, op: Op) -> Rule:
+        kind = name.rpartition(".")[2]
+        return Rule(name, " ".join(f"{module}.{kind}" for module in theirs.split()), op)
+
+    def rules(model: ModelConfig) -> list[Rule]:
+        """All but that of the head."""
+        block = []
+        for name in shapes_of(BLOCK, model):
+            module = row_of(name).module
+            names = " ".join(layer + each for each in inside[module].split())
+            block.append(rule(name, names, qkv(model) if module == "attn.qkv" else Same()))
+        ends = shapes_of((*BEFORE_BLOCKS, *AFTER_BLOCKS), model)
+        parts = {name: outside[module] for name in ends if (module := row_of(name).module) in outside}
+        return [rule(name, theirs, Same()) for name, theirs in parts.items()] + per_block(block, model.num_layers)
+
+    return rules
