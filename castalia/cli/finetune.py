@@ -115,7 +115,7 @@ def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) 
     from castalia.config.load import load_run
     from castalia.data.tokenizer import decode_with_special
     from castalia.errors import CheckpointError
-    from castalia.finetuning.before_after import compare, save_adapters
+    from castalia.finetuning.before_after import compare, plan_adapters
 
     config = load_run(folder)
     looks, shown, tokenizer = compare(model, folder, config, prompt, max_tokens)
@@ -133,10 +133,11 @@ def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) 
     best = next((name for name in looks if name.startswith("best")), None)
     if config.finetune.lora:
         try:
-            state = " of the best state" if best else ""
-            print(f"\nadapters{state} in PEFT's layout: {save_adapters(folder)}")
+            write = plan_adapters(folder)
         except CheckpointError as error:
             print(f"note: the adapters are not written in PEFT's layout: {error}")
+        else:
+            print(f"\nadapters{' of the best state' if best else ''} in PEFT's layout: {write()}")
     if best:
         print(f"\nthe best state is in {folder / 'checkpoints' / 'best'}, the last one is what {folder} opens as")
     state_folder = folder / "checkpoints" / "best" if best else folder

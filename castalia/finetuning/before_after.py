@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from castalia.config.schema import RunConfig
 from castalia.data.chat import chat_of
 from castalia.data.pairs import open_samples
 from castalia.data.tokenizer import Tokenizer
-from castalia.errors import DataError
+from castalia.errors import CheckpointError, DataError
 from castalia.evaluate.perplexity import evaluate
 from castalia.finetuning.lessons import Example, examples
 from castalia.generate.dialogue import opening, prompt_ids, turn_ends
@@ -121,14 +121,23 @@ def _asked(prompt: str, config: RunConfig, tokenizer: Tokenizer) -> list[int]:
     return prompt_ids(opening(prompt, None), chat_of(tokenizer), tokenizer)
 
 
-def save_adapters(run: Path) -> Path:
-    """The folder of a run's adapters in PEFT's layout, written now: those of the best state, if it is kept.
+def plan_adapters(run: Path) -> Callable[[], Path]:
+    """What writes a run's adapters in PEFT's layout and returns their folder: those of the best state, if it is kept.
 
-    Raises CheckpointError where no Hugging Face class computes the model.
+    Raises CheckpointError where no Hugging Face class computes the model; so does the call where it cannot write.
     """
     best, target = run / "checkpoints" / BEST, run / "adapter"
     checkpoint, options = open_checkpoint(best if best.is_dir() else run, adapters=True), WriteOptions()
     plan = convert.plan_files("peft", checkpoint, options)
     mark = convert.identity(checkpoint, options, plan)
-    convert.write(plan, target, mark, unseen, force=True)
-    return target
+
+    def write() -> Path:
+        try:
+            convert.write(plan, target, mark, unseen, force=True)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; the run is complete, and `castalia convert {run} OUT --to peft` writes its adapters"
+            ) from error
+        return target
+
+    return write

@@ -150,3 +150,12 @@ def test_a_step_whose_workplace_was_half_removed_is_complete(theatre: Theatre) -
     removed = [number for number, (kind, _) in enumerate(operations, 1) if kind == "rmdir"]
     assert len(removed) == 3
     assert theatre.attack(name, "kill", removed[0]) == []
+
+
+@pytest.mark.slow
+def test_adapters_that_could_not_be_written_are_an_error(theatre: Theatre) -> None:
+    """The run is complete by then; the same command writes what is missing."""
+    name = "finetune"
+    (operations,) = theatre.open(name)[2]
+    number = 1 + next(n for n, (_, path) in enumerate(operations) if path.endswith(".adapter.castalia-unfinished"))
+    assert theatre.attack(name, "full", number) == []
