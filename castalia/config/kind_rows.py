@@ -6,13 +6,20 @@ from castalia.config.tensor_row import Init, Kind, TensorRow, layer_norm_rows, n
 
 
 def _whole(
-    module: str, shape: str, needs: str, kind: Kind, init: Init = "random", bias: Init = "zeros", adds: bool = True
+    module: str,
+    shape: str,
+    needs: str,
+    kind: Kind,
+    init: Init = "random",
+    bias: Init = "zeros",
+    adds: bool = True,
+    adaptable: bool = True,
 ) -> list[TensorRow]:
     """A matrix of a block, of which every tensor rank has a copy, and its bias, which it `adds` or not."""
     rows, fan_in = shape.split()
     name = f"blocks.{{i}}.{module}"
     return [
-        TensorRow(f"{name}.weight", shape, needs, kind, init, fan_in=fan_in),
+        TensorRow(f"{name}.weight", shape, needs, kind, init, fan_in=fan_in, adaptable=adaptable),
         TensorRow(f"{name}.bias", rows, needs, "biases", bias, decays=False, used=adds, fan_in=fan_in),
     ]
 
@@ -21,7 +28,7 @@ def _mamba(module: str, shape: str, kind: Kind, init: Init = "random") -> list[T
     """A matrix of a mamba block, and its bias."""
     name = f"blocks.{{i}}.mamba.{module}"
     return [
-        TensorRow(f"{name}.weight", shape, "mamba", kind, init),
+        TensorRow(f"{name}.weight", shape, "mamba", kind, init, adaptable=True),
         TensorRow(f"{name}.bias", shape.split()[0], "mamba linear_bias", "biases", "zeros", decays=False),
     ]
 
@@ -29,13 +36,13 @@ def _mamba(module: str, shape: str, kind: Kind, init: Init = "random") -> list[T
 def _rwkv(module: str, shape: str, kind: Kind) -> TensorRow:
     """A matrix of an rwkv block."""
     name, fan_in = f"blocks.{{i}}.rwkv.{module}.weight", shape.split()[1]
-    return TensorRow(name, shape, "rwkv", kind, "fan_in", fan_in=fan_in)
+    return TensorRow(name, shape, "rwkv", kind, "fan_in", fan_in=fan_in, adaptable=True)
 
 
 OTHER_KINDS = (
     *_whole("gmlp.up", "both hidden", "gmlp", "gmlp up", adds=False),
     *norm_rows("blocks.{i}.gmlp.norm", "gmlp", "gate_norm", "gate"),
-    *_whole("gmlp.spatial", "positions positions", "gmlp", "gmlp spatial", "zeros", "ones"),
+    *_whole("gmlp.spatial", "positions positions", "gmlp", "gmlp spatial", "zeros", "ones", adaptable=False),
     *_whole("gmlp.attn.qkv", "amlp_qkv both", "amlp", "gmlp attention", "fan_in", "fan_in"),
     *_whole("gmlp.attn.out", "gate amlp", "amlp", "gmlp attention", "fan_in", "fan_in"),
     *_whole("gmlp.down", "hidden gate", "gmlp", "gmlp down", "residual", adds=False),
@@ -49,7 +56,13 @@ OTHER_KINDS = (
     ),
     *_mamba("x_proj", "selection channels", "mamba selection"),
     TensorRow(
-        "blocks.{i}.mamba.dt_proj.weight", "channels dt_rank", "mamba", "mamba selection", "fan_in", fan_in="dt_rank"
+        "blocks.{i}.mamba.dt_proj.weight",
+        "channels dt_rank",
+        "mamba",
+        "mamba selection",
+        "fan_in",
+        fan_in="dt_rank",
+        adaptable=True,
     ),
     TensorRow("blocks.{i}.mamba.scan.dt_bias", "channels", "mamba", "mamba scan", "steps", decays=False),
     *_mamba("out", "hidden channels", "mamba out", "residual"),

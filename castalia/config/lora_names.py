@@ -20,6 +20,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("down_proj", "dense_4h_to_h", "fc2", "mlp.c_proj"), ("mlp.down",)),
     **dict.fromkeys(("lm_head", "embed_out"), ("head",)),
     "gate_proj": ("mlp.gate",),
+    "in_proj": ("mamba.in_x", "mamba.in_z"),
+    "x_proj": ("mamba.x_proj",),
+    "dt_proj": ("mamba.dt_proj",),
+    "mixer.out_proj": ("mamba.out",),  # out_proj alone is that of attention
     "gate_up_proj": ("mlp.gate", "mlp.up"),
     "c_proj": ("attn.out", "mlp.down"),  # GPT-2 calls both so, and PEFT adapts both
 }

@@ -606,6 +606,15 @@ class ParameterGroup(Section):
     )
 
 
+LoraTarget = Literal[
+    "attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "head",
+    "gmlp.up", "gmlp.down", "gmlp.attn.qkv", "gmlp.attn.out",
+    "mamba.in_x", "mamba.in_z", "mamba.x_proj", "mamba.dt_proj", "mamba.out",
+    "rwkv.time.receptance", "rwkv.time.key", "rwkv.time.value", "rwkv.time.gate", "rwkv.time.out",
+    "rwkv.channels.key", "rwkv.channels.receptance", "rwkv.channels.value",
+]  # fmt: skip
+
+
 class LoraConfig(Section):
     """Low-rank adapters (LoRA): W x + alpha / rank * B (A x), where W keeps its loaded value.
 
@@ -615,7 +624,7 @@ class LoraConfig(Section):
     rank: PositiveInt = Field(16, description="columns of B and rows of A")
     alpha: PositiveFloat | None = Field(None, description="B (A x) is scaled by alpha / rank; None: 2 * rank")
     dropout: Fraction = Field(0.0, lt=1.0, description="dropout of an adapter's input; the head's adapter has none")
-    targets: tuple[Literal["attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "head"], ...] = Field(
+    targets: tuple[LoraTarget, ...] = Field(
         (),
         description="matrices that get an adapter, also by the names of transformers, such as q_proj, query_key_value "
         "or all-linear; empty: all matrices of the blocks",

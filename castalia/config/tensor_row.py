@@ -26,6 +26,7 @@ class TensorRow(NamedTuple):
     tp_dim: int | None = None  # the dimension that tensor parallelism splits; None: a copy on every tensor rank
     decays: bool = True  # whether weight decay applies
     mup: Literal["matrix", "vector"] = "vector"  # matrix: both dimensions grow with the width of the model
+    adaptable: bool = False  # whether it is the weight of a linear map on which a LoRA adapter may sit
     # The bias of a row-parallel matrix: we add it once, after the all-reduce. GPT-NeoX with a parallel residual adds
     # it on every tensor rank, before the all-reduce.
     row_parallel_bias: bool = False

@@ -96,7 +96,7 @@ def _linear(module: str, shape: str, bias: str, kind: Kind, tp_dim: int, needs: 
     name, split_bias = f"blocks.{{i}}.{module}", 0 if tp_dim == 0 else None
     init: Init = "residual" if tp_dim == 1 else "random"
     return [
-        TensorRow(f"{name}.weight", shape, needs, kind, init, tp_dim, mup="matrix"),
+        TensorRow(f"{name}.weight", shape, needs, kind, init, tp_dim, mup="matrix", adaptable=True),
         TensorRow(
             f"{name}.bias", shape.split()[0], f"{needs} {bias}", "biases", "zeros", split_bias, False,
             row_parallel_bias=tp_dim == 1,
@@ -155,23 +155,23 @@ BLOCK = (
 FINAL_NORM = tuple(norm_rows("norm"))
 AFTER_BLOCKS = (
     *FINAL_NORM,
-    TensorRow("head.weight", "vocab hidden", "head", "head", tp_dim=0),
+    TensorRow("head.weight", "vocab hidden", "head", "head", tp_dim=0, adaptable=True),
     TensorRow("reward.weight", "1 hidden", "reward_head", "reward head"),
 )
 ROWS = (*BEFORE_BLOCKS, *BLOCK, *AFTER_BLOCKS)
-ADAPTABLE = tuple(row for row in ROWS if row.mup == "matrix" or row.name == "head.weight")
 
 
 def _adapters(row: TensorRow) -> list[TensorRow]:
     """The LoRA matrices of a row: lora_a [rank, in] and lora_b [out, rank], split along in and out as the row is."""
     name, (rows, columns) = row.name.removesuffix("weight"), row.shape.split()
     split_in, split_out = (1 if row.tp_dim == 1 else None), (0 if row.tp_dim == 0 else None)
-    a = row._replace(name=f"{name}lora_a", shape=f"rank {columns}", kind="adapters", init="adapter", tp_dim=split_in)
-    b = row._replace(name=f"{name}lora_b", shape=f"{rows} rank", kind="adapters", init="zeros", tp_dim=split_out)
+    row = row._replace(kind="adapters", adaptable=False)
+    a = row._replace(name=f"{name}lora_a", shape=f"rank {columns}", init="adapter", tp_dim=split_in)
+    b = row._replace(name=f"{name}lora_b", shape=f"{rows} rank", init="zeros", tp_dim=split_out)
     return [a, b]
 
 
-_BY_NAME = {row.name: row for row in (*ROWS, *(part for row in ADAPTABLE for part in _adapters(row)))}
+_BY_NAME = {row.name: row for row in (*ROWS, *(part for row in ROWS if row.adaptable for part in _adapters(row)))}
 _PLACES = {row.name: number for number, row in enumerate(ROWS)}  # of those outside of blocks
 
 
@@ -206,14 +206,9 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig | None) -> Shapes:
     """Names and shapes of the adapters. Raises ConfigError if the model lacks one of the matrices to adapt."""
     if lora is None:
         return {}
-    matrices = {name: shape for name, shape in tensor_shapes(model).items() if row_of(name) in ADAPTABLE}
+    matrices = {name: shape for name, shape in tensor_shapes(model).items() if row_of(name).adaptable}
     present = list(dict.fromkeys(row_of(name).module for name in matrices))
     targets = set(lora.targets) or set(present) - {"head"}
-    if not targets:
-        kinds = " and ".join(model.other_kinds)
-        raise ConfigError(
-            f"finetune.lora: {kinds} blocks have no matrix that adapters are built for; train all weights"
-        )
     if lacking := targets - set(present):
         tied = "; its head is the embedding" if "head" in lacking else ""
         raise ConfigError(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.attention import Context
-from castalia.model.layers import ACTIVATIONS, Linear, is_slow_half, linear
+from castalia.model.layers import ACTIVATIONS, Linear, is_slow_half
 from castalia.model.norms import build_norm
 
 
@@ -86,11 +86,11 @@ class GatedMLP(nn.Module):
         gate = self.spatial(v, 0.0 * (self.up.bias.sum() + self.down.bias.sum()))
         if self.attn is not None:
             gate = gate + self.attn(y)
-        return linear(u * gate, self.down.weight)
+        return self.down.product(u * gate)
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both halves [b, t, 2 f], what is gated [b, t, f], and the normed other half [b, t, f]."""
-        y = self.activation(linear(x, self.up.weight))
+        y = self.activation(self.up.product(x))
         u, v = y.chunk(2, dim=-1)
         return y, u, self.norm(v)
 
@@ -125,7 +125,7 @@ class GatedMLP(nn.Module):
             seen = places[..., None] >= torch.arange(gates.shape[1], device=x.device)
             gate = gate + self.attn.out(_attended(q, state[2], state[3], seen))
         count += x.shape[1]
-        return linear(u * gate, self.down.weight)
+        return self.down.product(u * gate)
 
 
 class GatedBlock(nn.Module):

@@ -77,14 +77,18 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`forward` with another bias, or none."""
         if self.lora_a is None or self.lora_b is None:
-            return linear(x, self.weight, self.bias)
+            return linear(x, self.weight, bias)
         # [..., in] -> [..., rank] -> [..., out]; the product of the two matrices is never formed
         if is_slow_half(x) or type(x) is not Tensor:  # a DTensor, of whose output a rank may hold a summand
             low = linear(self.dropped(x), self.lora_a)
-            return linear(x, self.weight, self.bias) + linear(low, self.lora_b) * self.lora_scale
+            return linear(x, self.weight, bias) + linear(low, self.lora_b) * self.lora_scale
         rows = x.flatten(0, -2)
-        out, low = linear(rows, self.weight, self.bias), linear(self.dropped(rows), self.lora_a)
+        out, low = linear(rows, self.weight, bias), linear(self.dropped(rows), self.lora_a)
         # The product itself scales and adds, which would take two passes over the output. Not in place, as selective
         # activation checkpointing keeps the first output.
         whole = torch.addmm(out, low, self.lora_b.to(x.dtype).T, alpha=self.lora_scale)

@@ -17,7 +17,9 @@ def add_adapters(model: Transformer, lora: LoraConfig | None) -> None:
         return
     for name, module in model.named_modules():
         row = row_of(f"{name}.weight")
-        if isinstance(module, Linear) and (row.module in lora.targets or not lora.targets and row.mup == "matrix"):
+        if isinstance(module, Linear) and (
+            row.module in lora.targets or not lora.targets and row.adaptable and row.module != "head"
+        ):
             module.add_adapter(lora)
 
 

@@ -19,12 +19,14 @@ from castalia.config.attention_kernels import AMPERE, Capability, KernelChoice, 
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.scan_chunks import CHUNK_VALUES, SCAN_TOKENS, scan_chunk
-from castalia.config.schema import FinetuneConfig, LayerKind, ModelConfig, OptimizerConfig, RunConfig
-from castalia.config.tensor_table import adapter_shapes, all_shapes, block_of, local_size, row_of
+from castalia.config.schema import FinetuneConfig, LayerKind, LoraConfig, ModelConfig, OptimizerConfig, RunConfig
+from castalia.config.tensor_table import Shapes, adapter_shapes, all_shapes, block_of, local_size, row_of
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
 # Activation functions whose backward pass needs their output, which the next matrix keeps anyway.
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}
+# Matrices whose input is kept for something else, too.
+TWICE = ("attn.out", "mlp.gate", "gmlp.attn.qkv", "gmlp.attn.out", "mamba.in_z", "mamba.x_proj")
 SCAN_COPIES = 7  # of the largest tensor of RWKV's scan, that exist at a time in its backward pass
 EVERYTHING = FinetuneConfig()  # all tensors train, without adapters
 
@@ -161,7 +163,8 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
     if model.attention_layers:
         attention = _attention_blocks(model, layout, tokens, length, compute)
         kept |= {"dense": attention, "moe": attention}
-    every = [kept[kind] for kind in model.layer_kinds]
+    adapted = {kind: _with_adapters(block, model, kind, layout, tokens, compute) for kind, block in kept.items()}
+    every = [adapted[kind] for kind in model.layer_kinds]
     return Activations(*(sum(values) // len(every) for values in zip(*map(astuple, every), strict=True)))
 
 
@@ -217,6 +220,11 @@ def _rwkv_block(model: ModelConfig, layout: Layout, tokens: int, length: int, co
     chunk = scan_chunk(compute.device, rows * h)
     inner += 4 * rows * h * model.head_size * -(-length // chunk)
     whole = inner + _channel_values(model, tokens) * size
+    reads = _inputs_kept(model, compute.finetune)
+    if "rwkv.time" not in reads:  # inputs of the low ranks, for whose values alone they are kept
+        whole -= (2 * stream + tokens * 5 * sizes.mix_rank) * size
+    if "rwkv.channels" not in reads:
+        whole -= stream * size
     if layout.recompute == "none":
         return Activations(whole, whole, 0)
     kept = stream * size
@@ -279,8 +287,7 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
     # Outputs, kept by the matrices that follow, and statistics.
     norms += outputs * stream * size + num_norms * 8 * tokens
     masks = 2 * stream * (1 if compute.device == "cuda" else size) if model.hidden_dropout else 0
-    adapters, adapted = _adapters(model, layout.tp, tokens, compute)
-    whole = norms + (attention + copies + mlp) * size + softmax + scores + masks + adapters
+    whole = norms + (attention + copies + mlp) * size + softmax + scores + masks
 
     if layout.recompute == "none":
         return Activations(whole, whole, 0)
@@ -288,7 +295,7 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
         return Activations(whole, stream * size, whole - stream * size)
     # Selective: the results of matrix products and of fused attention are kept. The plain kernel's are computed again.
     attended = attention - (heads if how.choice.kernel == "plain" else 0)
-    products = attended + inner + adapted
+    products = attended + inner
     kept = (stream + products + 2 * stream) * size + softmax  # with the block's input and two [tokens, hidden] outputs
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
 
@@ -353,24 +360,33 @@ def _inputs_kept(model: ModelConfig, finetune: FinetuneConfig) -> frozenset[str]
     return frozenset(row_of(name).module for name in names if not name.endswith(".bias"))
 
 
-def _adapters(model: ModelConfig, tp: int, tokens: int, compute: Compute) -> tuple[int, int]:
-    """Of the LoRA adapters of a block: bytes that the backward pass needs, and elements of their outputs."""
+def _with_adapters(
+    block: Activations, model: ModelConfig, kind: LayerKind, layout: Layout, tokens: int, compute: Compute
+) -> Activations:
+    """The activations of a block with those of its LoRA adapters."""
     lora, size = compute.finetune.lora, compute.element_bytes
-    if lora is None:
-        return 0, 0
-    one = model.with_({"num_layers": 1})
-    kept = products = 0
-    for name, shape in adapter_shapes(one, lora).items():
-        if name.startswith("blocks.") and name.endswith(".lora_a"):
-            width = local_size(name, shape, tp) // lora.rank
+    if lora is None or kind not in model.layer_kinds:
+        return block
+    more = products = 0  # bytes that the backward pass needs, and elements of the outputs of matrices
+    for name, shape in _adapters_of(model, kind, lora).items():
+        if name.endswith(".lora_a"):
+            width = local_size(name, shape, layout.tp) // lora.rank
             mask = 1 if compute.device == "cuda" else size
             # Dropout keeps its output in place of its input, unless the input is kept for another module as well.
-            twice = size if row_of(name).module in ("attn.out", "mlp.gate") else 0
-            kept += tokens * (lora.rank * size + (width * (mask + twice) if lora.dropout else 0))
+            twice = size if row_of(name).module in TWICE else 0
+            more += tokens * (lora.rank * size + (width * (mask + twice) if lora.dropout else 0))
             products += tokens * lora.rank
-        elif name.startswith("blocks."):
-            products += tokens * local_size(name, shape, tp) // lora.rank
-    return kept, products
+        else:
+            products += tokens * local_size(name, shape, layout.tp) // lora.rank
+    kept = {"none": more, "selective": products * size, "full": 0}[layout.recompute]
+    return Activations(block.whole + more, block.kept + kept, block.again + more - kept)
+
+
+@lru_cache
+def _adapters_of(model: ModelConfig, kind: LayerKind, lora: LoraConfig) -> Shapes:
+    """Names and shapes of the adapters of the first block of a kind."""
+    first = model.layer_kinds.index(kind)
+    return {name: shape for name, shape in adapter_shapes(model, lora).items() if block_of(name) == first}
 
 
 def _norm_inputs(model: ModelConfig, number: int, stream: int, compute: Compute) -> int:

@@ -31,7 +31,8 @@ def test_names_of_transformers_are_our_matrices(names, ours):
 def test_every_name_leads_to_a_matrix_of_ours():
     targets = sorted({target for matrices in MODULES.values() for target in matrices})
     load_config([{"finetune": {"lora": {"targets": targets}}}])
-    assert targets == ["attn.out", "attn.qkv", "head", "mlp.down", "mlp.gate", "mlp.up"]
+    mamba = ["mamba.dt_proj", "mamba.in_x", "mamba.in_z", "mamba.out", "mamba.x_proj"]
+    assert targets == ["attn.out", "attn.qkv", "head", *mamba, "mlp.down", "mlp.gate", "mlp.up"]
 
 
 def test_a_part_of_one_matrix_is_told():

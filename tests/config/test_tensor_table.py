@@ -69,9 +69,12 @@ def test_biases_that_tensor_ranks_hold_copies_of() -> None:
     assert found == ["blocks.0.attn.out.bias", "blocks.0.mlp.down.bias"]
 
 
-def test_blocks_without_attention_have_nothing_to_adapt() -> None:
+def test_linear_maps_of_every_kind_of_block_are_adapted() -> None:
     sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 100, "max_positions": 16}
-    mixed = ModelConfig(**sizes, pattern=("mamba", "attention"))
-    assert {name.split(".")[1] for name in adapter_shapes(mixed, LoraConfig(rank=2))} == {"1"}
-    with pytest.raises(ConfigError, match="mamba blocks have no matrix that adapters are built for"):
-        adapter_shapes(ModelConfig(**sizes, pattern=("mamba",)), LoraConfig(rank=2))
+    for kind, matrices in (("attention", 4), ("gmlp", 2), ("amlp", 4), ("mamba", 5), ("rwkv", 8)):
+        shapes = adapter_shapes(ModelConfig(**sizes, pattern=(kind,)), LoraConfig(rank=2))
+        assert len(shapes) == 2 * 2 * matrices, kind
+    mixed, named = ModelConfig(**sizes, pattern=("mamba", "attention")), LoraConfig(rank=2, targets=("mamba.out",))
+    assert {name.rpartition(".")[0] for name in adapter_shapes(mixed, named)} == {"blocks.0.mamba.out"}
+    with pytest.raises(ConfigError, match="the model has no rwkv.time.key; it has mamba.in_x"):
+        adapter_shapes(mixed, LoraConfig(targets=("rwkv.time.key",)))

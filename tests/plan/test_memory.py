@@ -192,6 +192,17 @@ def test_so_does_a_step_of_which_parts_train_or_that_learns_from_pairs(part, dty
         assert planned == pytest.approx(peak_bytes(model, layout, dtype, compute), rel=0.1), family
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", ["gmlp", "mamba", "pure mamba", "pure rwkv"])
+def test_so_does_a_step_with_adapters_on_other_kinds(family, recompute) -> None:
+    compute = Compute("bf16", "cpu", finetune=FinetuneConfig(lora=LoraConfig(rank=8)))
+    # The first block keeps less, as what enters it has no gradient; the plan takes all blocks for alike.
+    model = ModelConfig(**(BASE | FAMILIES[family] | {"num_layers": 6}))
+    layout = Layout(micro_batch=3, recompute=recompute)
+    planned = memory_by_stage(model, layout, LENGTH, compute)[0].total
+    assert planned == pytest.approx(peak_bytes(model, layout, torch.bfloat16, compute), rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon", "adafactor"])
 def test_the_state_of_every_optimizer_is_planned(name) -> None:
     model, cfg = ModelConfig(**BASE), OptimizerConfig(name=name)

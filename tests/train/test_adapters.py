@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 
+from castalia.checkpoint.file_plan import WriteOptions
+from castalia.checkpoint.formats.peft import write as peft_write
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
@@ -100,6 +102,39 @@ def test_a_run_with_adapters_opens_as_one_plain_model(tune, tmp_path):
     matrix = "blocks.1.attn.qkv.weight"
     whole = plain.model[matrix].read()
     assert torch.equal(plain.model[matrix].read([slice(5, 9), slice(3, 30)]), whole[5:9, 3:30])
+
+
+KINDS = {
+    "mamba": ["model.pattern=[mamba]", "model.norm=rmsnorm"],
+    "rwkv": ["model.pattern=[rwkv]", "model.position=none"],
+    "gmlp and amlp": ["model.pattern=[gmlp, amlp]", "model.amlp_size=8", "model.max_positions=16"],
+}
+MATRICES = {"mamba": 2 * 5, "rwkv": 2 * 8, "gmlp and amlp": 2 + 4}  # linear maps of two blocks
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "mamba")) for kind in KINDS])
+def test_adapters_on_blocks_without_attention(tiny, tmp_path, kind):
+    """They alone train and begin without effect, a stopped run goes on bit for bit, and merged they are one model."""
+    base = train(tiny(tmp_path / "base", *KINDS[kind], "train.steps=2", "eval.every=null"))
+    more = [*KINDS[kind], "train.steps=4", "eval.every=null", f"checkpoint.init_from={base}", "finetune.lora.rank=4"]
+    session = start(tiny(tmp_path / "begun", *more))
+    trained = {name for name, parameter in session.executor.parameters.items() if parameter.requires_grad}
+    assert len(trained) == 2 * MATRICES[kind] and all("lora" in name for name in trained)
+    tokens, model = torch.arange(16)[None], session.executor.models[0].eval()
+    with torch.no_grad():
+        assert torch.equal(model(tokens), load_model(base)(tokens))
+    whole = train(tiny(tmp_path / "whole", *more, "finetune.lora.dropout=0.2"))
+    stopped = train(tiny(tmp_path / "stopped", *more, "finetune.lora.dropout=0.2", "train.exit_interval=2"))
+    train(load_run(stopped, ["train.exit_interval=null"]))
+    one, two = (open_checkpoint(path, adapters=True) for path in (whole, stopped))
+    assert moved(values(one), values(two)) == set()
+    assert moved(values(open_checkpoint(base)), values(one)) == set()
+    assert all(one.model[name].read().abs().max() > 0 for name in trained)
+    model = start(load_run(whole)).executor.models[0].eval()
+    with torch.no_grad():
+        assert torch.allclose(build_model(open_checkpoint(whole))(tokens), model(tokens), atol=1e-5)
+    with pytest.raises(CheckpointError, match="no Hugging Face class|neither read nor written in PEFT's layout"):
+        peft_write.plan(one, WriteOptions())
 
 
 @pytest.mark.parametrize(

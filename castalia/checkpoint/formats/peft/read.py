@@ -25,7 +25,7 @@ from castalia.checkpoint.formats.huggingface.read import has_weights, open_file,
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import LoraConfig, ModelConfig, TokenizerConfig
-from castalia.config.tensor_table import ADAPTABLE, row_of
+from castalia.config.tensor_table import row_of
 from castalia.errors import CheckpointError
 from castalia.reading import expression, fits, keys, typed
 from castalia.storage.lazy import InMemory, TensorRef, Zeros
@@ -172,13 +172,19 @@ def _refuse(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def matrices(checkpoint: Checkpoint) -> list[Matrix]:
-    """All matrices that can have adapters. Raises CheckpointError if no Hugging Face class can compute the model."""
+    """All matrices that can have adapters. Raises CheckpointError if no Hugging Face class can compute the model, or
+    one with blocks without attention, whose modules are not matched to ours."""
     model = _model(checkpoint)
     family = hf_family(checkpoint)
+    if model.other_kinds:
+        raise CheckpointError(
+            f"{checkpoint.path}: adapters on {' and '.join(model.other_kinds)} blocks are neither read nor written in "
+            "PEFT's layout; merge them (castalia merge-lora, or merge_and_unload of PEFT)"
+        )
     result = []
     for rule in table(family, model):
         name, row = rule.ours.removesuffix(".weight"), row_of(rule.ours)
-        if row in ADAPTABLE:
+        if row.adaptable:
             names = (weight.removesuffix(".weight") for weight in rule.theirs.split())
             modules = tuple(family.head_modules[0] if row.module == "head" else family.prefix + n for n in names)
             rows, columns = checkpoint.model[rule.ours].shape
