@@ -57,6 +57,8 @@ def rwkv_settings(shapes: Mapping[str, tuple[int, ...]], theirs: str, path: str)
             raise CheckpointError(
                 f"{path}: {name} has shape {list(shapes[name])}, where {dimensions} dimensions belong"
             )
+    if empty := [name for name in needed if not all(shapes[name])]:
+        raise CheckpointError(f"{path}: {empty[0]} has shape {list(shapes[empty[0]])}, without a value")
     (heads, _), (width, hidden), (_, decay_rank), (_, mix_rank, _) = (shapes[name] for name in needed)
     plain = ModelConfig(num_layers=1, hidden_size=hidden, num_heads=1).rwkv_width
     sizes = RWKVConfig(width=None if width == plain else width, mix_rank=mix_rank, decay_rank=decay_rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -139,6 +140,14 @@ def test_mixtures_that_no_class_computes_are_refused_with_what_they_differ_in(ch
     with pytest.raises(CheckpointError) as error:
         plan(made(MIXTRAL.with_({"experts": MIXTRAL.experts.with_(change)})), "hf")
     assert said in " ".join(str(error.value).split())
+
+
+def test_more_experts_of_a_token_than_there_are_is_refused(tmp_path):
+    written(made(MIXTRAL), tmp_path / "hf", "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts_per_tok": 5}))
+    with pytest.raises(CheckpointError, match="num_experts_per_tok=5 is more than num_local_experts=4"):
+        open_checkpoint(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(("variant", "near"), [("mamba-pp0-fp32", 1e-5), ("mamba-fp16-dp2-z1", 4e-3)])

@@ -97,6 +97,11 @@ def test_what_gpt_neox_trained_goes_there_and_back(fixtures, tmp_path):
         (lambda held: held.update({"blocks.0.att.r_k": held["ln_out.bias"]}), "RWKV-7"),
         (lambda held: held.pop("blocks.0.att.time_maa_w1"), "RWKV-5"),
         (lambda held: held.update({"args": 3}), "is no tensor"),
+        (lambda held: held.update({5: held["emb.weight"]}), "5 is no tensor with a name"),
+        (lambda held: held.update({"blocks.x.att": held["emb.weight"]}), r"not understood: blocks\.x\.att"),
+        (lambda held: held.update({"blocks.300000.att": held["emb.weight"]}), "no usable model"),
+        (lambda held: held.update({"emb.weight": torch.zeros(0, H)}), "no usable model"),
+        (lambda held: held.update({"blocks.0.att.time_maa_w2": torch.zeros(5, 0, H)}), "without a value"),
         (lambda held: held.update({"blocks.0.att.time_faaaa": torch.zeros(2, 16)}), "not as wide as the model"),
     ],
 )

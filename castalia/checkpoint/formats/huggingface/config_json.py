@@ -247,6 +247,8 @@ def _written_mamba(model: ModelConfig) -> dict[str, Any]:
 def _experts(config: ConfigJson, key: str) -> dict[str, Any]:
     """The experts of Mixtral's blocks."""
     config.require("router_jitter_noise", 0.0)
+    if (chosen := config["num_experts_per_tok"]) > (count := config["num_local_experts"]):
+        raise config.refuse(f"num_experts_per_tok={chosen} is more than num_local_experts={count}")
     sizes = {"count": "num_local_experts", "top_k": "num_experts_per_tok", "width": "intermediate_size"}
     return MIXTRAL | {ours: config[theirs] for ours, theirs in sizes.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from castalia.storage.lazy import TensorRef
 from castalia.storage.torch_file import open_pt
 
 LENGTH = 4096  # of the sequences that published models were trained on; the files do not say it
+BLOCK_NUMBER = re.compile(r"blocks\.(\d{1,9})\.")
 FAMILY = ("emb.weight", "blocks.0.att.receptance.weight", "blocks.0.ffn.receptance.weight")
 
 
@@ -46,8 +48,9 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     if (generation := _generation(held)) != 6:
         named = f"RWKV-{generation}" if generation else "an older one"
         raise CheckpointError(f"{path} is of another generation of RWKV ({named}); only RWKV-6 is read")
-    if strange := sorted(str(name) for name, ref in held.items() if not isinstance(ref, TensorRef)):
-        raise CheckpointError(f"{path}: {strange[0]} is no tensor, where weights are expected")
+    strange = [name for name, ref in held.items() if not (isinstance(name, str) and isinstance(ref, TensorRef))]
+    if strange:
+        raise CheckpointError(f"{path}: {strange[0]!r} is no tensor with a name, where weights are expected")
     theirs = {name: [ref] for name, ref in held.items()}
     model, own = _model(held, str(path)), f"{FIRST_NORM}."
     if not model.embedding_norm:
@@ -70,16 +73,20 @@ def _model(held: Mapping[str, TensorRef], path: str) -> ModelConfig:
     settings, (rows, hidden) = rwkv_settings(shapes, "blocks.0.", path), shapes["emb.weight"]
     if shapes["blocks.0.att.time_faaaa"][0] * shapes["blocks.0.att.time_faaaa"][1] != hidden:
         raise CheckpointError(f"{path}: the heads together are not as wide as the model, {hidden}; ours must be")
-    return ModelConfig(
-        num_layers=1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
-        hidden_size=hidden,
-        vocab_size=rows,
-        vocab_multiple=1,
-        position="none",
-        pattern=("rwkv",),
-        embedding_norm=any(_differs(held, part, path) for part in ("weight", "bias")),
-        **settings,
-    )
+    embedding_norm = any(_differs(held, part, path) for part in ("weight", "bias"))
+    try:
+        return ModelConfig(
+            num_layers=1 + max(int(match[1]) for match in map(BLOCK_NUMBER.match, shapes) if match),
+            hidden_size=hidden,
+            vocab_size=rows,
+            vocab_multiple=1,
+            position="none",
+            pattern=("rwkv",),
+            embedding_norm=embedding_norm,
+            **settings,
+        )
+    except ValueError as error:  # pydantic's ValidationError is a ValueError
+        raise CheckpointError(f"{path} is of no usable model: {error}") from error
 
 
 def _differs(held: Mapping[str, TensorRef], part: str, path: str) -> bool:
