@@ -113,8 +113,10 @@ def _matrix(
 
 def constant_value(cfg: ModelConfig, name: str) -> float | None:
     """The value with which a norm, a bias or `lora_b` begins; None for tensors that are random."""
-    row = row_of(name)
-    if row.kind == "norms" and cfg.zero_centered_norms:
+    row, each_head = row_of(name), cfg.qk_norm == "each_head"
+    # Norms that are not the model's kind, such as RWKV's own, multiply by their weight alone.
+    centered = {"norm_weight"} if each_head else {"norm_weight", "qk_norms"}
+    if cfg.zero_centered_norms and row.init == "ones" and centered & set(row.needs.split()):
         return 0.0
     return {"zeros": 0.0, "ones": 1.0}.get(row.init)
 
@@ -213,7 +215,8 @@ def _neox_pass(cfg: ModelConfig, generator: torch.Generator, default: torch.Gene
     yield "embed.weight", draw("embed.weight", cfg.padded_vocab_size, h)
     if cfg.position == "learned":
         assert cfg.max_positions is not None
-        positions = torch.empty(cfg.max_positions, h).normal_(generator=default)  # which is drawn over
+        places = cfg.max_positions + cfg.position_offset
+        positions = torch.empty(places, h).normal_(generator=default)  # which is drawn over
         yield "positions.weight", neox_draw(cfg, cfg.init_method, positions, default)
     for i, kind in enumerate(cfg.layer_kinds):
         block = f"blocks.{i}"
@@ -250,9 +253,10 @@ def _neox_experts(
     """The router from the default stream, after the draw of `nn.Linear` that it overwrites; the experts, which
     GPT-NeoX fills as one matrix [e f, h], from the common one."""
     assert cfg.experts is not None
-    if cfg.experts.gated:
+    if cfg.experts.gated or cfg.experts.shared_width:
+        which = "gated=true" if cfg.experts.gated else f"shared_width={cfg.experts.shared_width}"
         raise ConfigError(
-            "model.init=neox cannot draw model.experts.gated=true, which GPT-NeoX does not have; use seeded"
+            f"model.init=neox cannot draw model.experts.{which}, which GPT-NeoX does not have; use seeded"
         )
     e, f, h = cfg.experts.count, cfg.expert_width, cfg.hidden_size
     router = torch.empty(e, h)

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from hashlib import blake2b
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.config.schema import ModelConfig
+from castalia.errors import ConfigError
 from castalia.model import init
 from castalia.model.init import initialize, neox_matrices, seeded_tensor
 from castalia.model.transformer import Transformer
@@ -136,6 +138,39 @@ def test_norms_and_biases_are_constant_and_nothing_is_left_unset():
             assert parameter.eq(1).all(), name
         else:
             assert parameter.isfinite().all() and parameter.std() > 0, name
+
+
+ZERO_CENTERED = {"norm": "rmsnorm", "zero_centered_norms": True, "embedding_norm": True}
+
+
+@pytest.mark.parametrize("kind", ["neox", "seeded"])
+@pytest.mark.parametrize(
+    ("changes", "zeros"),
+    [
+        (ZERO_CENTERED | {"qk_norm": "each_head"}, "norm1 norm2 norm"),
+        (ZERO_CENTERED | {"qk_norm": "head"}, "norm1 norm2 norm attn.q_norm attn.k_norm"),
+        (ZERO_CENTERED | {"pattern": ("rwkv", "attention")}, "norm1 norm2 norm"),
+        ({"position": "learned", "position_offset": 2}, ""),
+    ],
+)
+def test_only_norms_of_the_models_kind_are_zero_centered(kind, changes, zeros):
+    """Others multiply by their weight alone, so that they begin with 1."""
+    cfg = TINY.with_(changes | {"init": kind})
+    model = Transformer(cfg)
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+    initialize(model, cfg, seed=3)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith(".weight"):
+            module = re.sub(r"blocks\.\d+\.", "", name.removesuffix(".weight"))
+            assert parameter.eq(0 if module in zeros.split() else 1).all(), name
+
+
+def test_what_the_original_does_not_have_is_refused_and_not_left_unset():
+    cfg = TINY.with_({"init": "neox", "experts": {"count": 2, "shared_width": 8}})
+    with pytest.raises(ConfigError, match="shared_width=8, which GPT-NeoX does not have"):
+        initialize(Transformer(cfg), cfg, seed=3)
 
 
 def test_seeds_and_names_differ():
