@@ -26,6 +26,7 @@ from castalia.config.schema import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    ExpertsConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
@@ -509,6 +510,8 @@ def test_a_tied_embedding_is_first_on_both_ends(tmp_path: Path) -> None:
     [
         ({"rope_scaling": RopeScaling(kind="linear", factor=2.0)}, {}, r"NeoX cannot hold model\.rope_scaling"),
         ({"activation": "sigmoid"}, {}, r"NeoX cannot hold model\.activation=sigmoid"),
+        ({"qk_norm": "head"}, {}, r"NeoX cannot hold model\.qk_norm=head"),
+        ({"experts": ExpertsConfig(count=4, router="balanced")}, {}, r"NeoX cannot hold model\.experts\.router=bal"),
         ({"norm": "rmsnorm", "rms_eps_inside": False}, {}, r"NeoX cannot hold model\.rms_eps_inside=False"),
         ({"embedding_dropout": 0.1}, {}, r"NeoX cannot hold model\.embedding_dropout=0.1"),
         ({"num_kv_heads": 2}, {"layout": TargetLayout(tp=4)}, "2 key/value heads do not divide over tp=4"),

@@ -52,11 +52,16 @@ def lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def opposite(value: Any) -> bool:
-    """The negation, for settings that GPT-NeoX words the other way round. Raises ValueError for other types."""
+def truth(value: Any) -> bool:
+    """The value, for settings of ours that take words, too. Raises ValueError for other types than true and false."""
     if not isinstance(value, bool):
         raise ValueError("is neither true nor false")
-    return not value
+    return value
+
+
+def opposite(value: Any) -> bool:
+    """The negation, for settings that GPT-NeoX words the other way round. Raises ValueError for other types."""
+    return not truth(value)
 
 
 def recomputed(value: Any) -> str:
@@ -173,7 +178,7 @@ KEYS: dict[str, Key] = {
     "norm": joint("model.norm", str, "layernorm"),
     "layernorm_fusion": idle(FUSION, False),
     "rmsnorm_fusion": idle(FUSION, False),
-    "use_qk_layernorm": to("model.qk_norm", False),
+    "use_qk_layernorm": to("model.qk_norm", False, truth),
     "layernorm_epsilon": joint("model.norm_eps", float, 1e-05),
     "rms_norm_epsilon": joint("model.norm_eps", float, 1e-08),
     "scalenorm_epsilon": joint("model.norm_eps", float, 1e-08),

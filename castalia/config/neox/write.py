@@ -8,7 +8,7 @@ from typing import Any
 
 from castalia.config.load import load_config
 from castalia.config.neox import model_keys
-from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed
+from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed, truth
 from castalia.config.neox.training_keys import SCHEDULE_CHOICES, TOKENIZERS
 from castalia.config.schema import EvalConfig, MambaConfig, ModelConfig, RunConfig, RWKVConfig, Source
 
@@ -23,11 +23,15 @@ BACK: dict[Any, Callable[[Any], Any]] = {
     lower: lambda value: value,
     position: lambda value: value,
     opposite: lambda value: not value,
+    truth: lambda value: value is True,
     recomputed: lambda value: value != "none",
     nonzero: lambda value: value or 0,
 }
 # Values that our loader accepts under GPT-NeoX's keys although GPT-NeoX does not know them.
-OURS_ALONE = {"model.activation": ("sigmoid", "identity"), "schedule.style": ("wsd", "inverse_sqrt")}
+OURS_ALONE = {
+    "model.activation": ("sigmoid", "identity"), "model.experts.router": ("balanced",),
+    "schedule.style": ("wsd", "inverse_sqrt"),
+}  # fmt: skip
 # Settings for which GPT-NeoX needs no key: they follow from the tokenizer's files or from the program.
 ELSEWHERE = {"model.vocab_size", "model.init", "neox_exact", "tokenizer.path", "tokenizer.merges"}
 ELSEWHERE |= {"checkpoint.keep_best", "checkpoint.save_minutes"}  # it has neither, and trains the same without
