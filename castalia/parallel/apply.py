@@ -5,6 +5,7 @@ Tensor parallelism, adapters, activation checkpointing, compiling, FSDP.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,17 +86,20 @@ def apply_fsdp(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_dtyp
         # A pipeline runs other micro-batches between a forward pass and its backward pass; parameters stay gathered
         # meanwhile.
         "reshard_after_forward": cfg.zero == 3 and mesh.layout.pp == 1,
-        "shard_placement_fn": lambda parameter: shard_dim(parameter, mesh),
+        "shard_placement_fn": partial(shard_dim, ranks=mesh.layout.dp_shard * mesh.layout.cp),
     }
     if cfg.offload:
         options["offload_policy"] = CPUOffloadPolicy()
     exact = options | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)}
+    if mesh.experts is not None:  # of which each rank has some, and shares them with those that have the same
+        shards = partial(shard_dim, ranks=mesh.layout.expert_copies[1])
+        own = options | {"mesh": mesh.expert_data, "shard_placement_fn": shards}
     for block in model.blocks.values():
         for module in block.modules():
             if getattr(module, "stays_fp32", False):
                 fully_shard(module, **exact)
             if isinstance(module, Experts) and mesh.experts is not None:
-                fully_shard(module, **(options | {"mesh": mesh.expert_data}))
+                fully_shard(module, **own)
         fully_shard(block, **options)
     fully_shard(model, **options)
     for module in model.modules():

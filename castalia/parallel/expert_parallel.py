@@ -15,7 +15,6 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from castalia.model.experts import ExpertMLP, Experts
 from castalia.model.transformer import Transformer
-from castalia.parallel.mesh import Mesh
 from castalia.parallel.shards import local
 
 
@@ -108,14 +107,13 @@ def _exchanged(rows: Tensor, sent: Sequence[int], received: Sequence[int], group
     return out
 
 
-def shard_dim(parameter: nn.Parameter, mesh: Mesh) -> Shard | None:
-    """The dimension of experts [e, f, h] that data ranks share evenly, so that a rank's part is as small as can be.
+def shard_dim(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """The dimension of experts [e, f, h] that this many ranks share evenly, so that a part is as small as can be.
 
     None, the first one, for matrices, and where none divides.
     """
     if parameter.dim() < 3:
         return None
     held = local(parameter)
-    ranks = mesh.layout.expert_copies[1] if mesh.experts is not None else mesh.layout.dp_shard * mesh.layout.cp
     even = (dim for dim in range(3) if held.shape[dim] % ranks == 0)
     return next((Shard(dim) for dim in even), None)

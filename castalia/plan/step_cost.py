@@ -109,7 +109,7 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
         reductions = layout.accumulation if layout.zero == 2 else 1
         data = max(0.0, share * (4 * reductions + (size if layout.zero else 4)) - compute / 3 / layout.accumulation)
     mixture, here = model.experts, layers * model.layer_kinds.count("moe") / model.num_layers
-    there = 2 if mixture is None else 2 * mixture.top_k * (layout.expert - 1) / layout.expert  # and back
+    there = 0.0 if mixture is None else 2 * mixture.top_k * (layout.expert - 1) / layout.expert  # and back
     travels = there * here * layout.accumulation * (3 if layout.recompute == "full" else 2)
     experts = travels * tokens * model.hidden_size * size / _collective_rate(device, layout.expert, 1)
     busy = compute + traffic + tensor + experts

@@ -24,5 +24,5 @@ def move_biases(executor: Executor, rate: float) -> None:
         return
     loads = executor.sum_over_tokens(torch.stack([load for _, load in routers]))  # [blocks, e]
     for (bias, _), load in zip(routers, loads, strict=True):
-        part = executor.part(bias)
-        part.local.add_((load.sum() - load * len(load)).sign()[part.slices], alpha=rate)
+        part = executor.part(bias)  # in host memory with parallel.offload
+        part.local.add_((load.sum() - load * len(load)).sign()[part.slices].to(part.local.device), alpha=rate)
