@@ -130,6 +130,8 @@ def test_a_whole_cycle(case: str, lora: bool, tmp_path: Path) -> None:
         ("smollm3", {"no_rope_layers": [1, 2, 0, 1]}, "no_rope_layers has 2"),
         ("gpt_neo", {"attention_types": [[["sparse"], 4]]}, "attention_types has 'sparse'"),
         ("gpt_neo", {"attention_types": [4]}, "attention_types is no list"),
+        ("gpt_neo", {"attention_types": [[["global"], 10**12]]}, r"attention_types names \d blocks"),
+        ("smollm3", {"num_hidden_layers": 10**11, "layer_types": None}, "num_hidden_layers=10{11} is"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False is not supported"),
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 is not supported"),
         ("opt", {"enable_bias": False}, "enable_bias=False is not supported"),

@@ -6,6 +6,7 @@ Ours are the shortest patterns that give the same when they are repeated.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from castalia.config.schema import ModelConfig, shortest
@@ -50,8 +51,10 @@ def _by_layer_types(config: ConfigJson, layers: int) -> list[bool]:
 
 def _by_attention_types(config: ConfigJson) -> list[bool]:
     """By GPT-Neo's list of [words, how often]."""
+    most = (config["num_layers"] or 0) + 1  # one too many is noticed
     try:
-        words = [word for part, times in config["attention_types"] for _ in range(times) for word in part]
+        repeated = (word for part, times in config["attention_types"] for _ in range(min(times, most)) for word in part)
+        words = list(islice(repeated, most))
     except (TypeError, ValueError):
         raise config.refuse("attention_types is no list of [words, how often]") from None
     return _checked(config, "attention_types", words, {"global": False, "local": True})

@@ -43,10 +43,12 @@ WORDS = ("model_type", "hidden_act", "activation_function", "dtype", "torch_dtyp
 LISTS = ("layer_types", "no_rope_layers", "attention_types")
 TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
 Count = Annotated[int, Field(gt=0, lt=1 << 40)]
+Blocks = Annotated[int, Field(gt=0, le=10_000)]  # as many as a model may have: patterns are as long
 GIVEN = keys(  # of config.json
     {
         "architectures": list | None,
         **dict.fromkeys(COUNTS, Count | None),
+        **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), Blocks | None),
         **dict.fromkeys(SHARES, float | None),
         **dict.fromkeys(FLAGS, bool | None),
         **dict.fromkeys(WORDS, str | None),
