@@ -83,9 +83,10 @@ def _with_experts(grid: RankGrid, parallel: ParallelConfig) -> RankGrid:
     """The grid with its expert ranks, which are whole replicas or parts of one. Raises ConfigError."""
     shards, ranks = grid.dp_shard * grid.cp, grid.dp * grid.cp
     if ranks % parallel.expert or (shards % parallel.expert and parallel.expert % shards):
+        copies = f", or {shards} times one of {divisors(grid.dp_replicate)}" if grid.dp_replicate > 1 else ""
         raise ConfigError(
             f"parallel.expert={parallel.expert} cannot be taken from {ranks} data and context ranks, of which {shards} "
-            f"share one copy of the model; use one of {divisors(shards)}"
+            f"share one copy of the model; use one of {divisors(shards)}{copies}"
         )
     return grid._replace(expert=parallel.expert)
 

@@ -62,12 +62,12 @@ def test_the_grid(world, parallel, expected):
         (
             3,
             [*EXPERTS, "parallel.expert=2", "train.batch_size=12"],
-            "=2 cannot be taken from 3 .*; use one of 1$",
+            "=2 cannot be taken from 3 .*; use one of 1, or 1 times one of 1, 3$",
         ),
         (
             6,
             [*EXPERTS, "parallel.zero=1", "parallel.dp_replicate=2", "parallel.expert=2"],
-            "taken from 6 data and context ranks, of which 3 share one copy of the model; use one of 1, 3",
+            "taken from 6 data and context ranks, of which 3 share .*; use one of 1, 3, or 3 times one of 1, 2$",
         ),
         (3, ["parallel.cp=3"], "data.seq_length=16 does not split over 3 .* use 18"),
         (8, ["parallel.cp=8", "data.seq_length=12"], "data.seq_length=12 does not split over 8 .* use 16"),
