@@ -27,9 +27,9 @@ from typing import IO, Any
 import zstandard
 
 from castalia.data.dataset_folders import files_of_dataset
-from castalia.data.remote_files import RemoteFile, files_below, is_remote
+from castalia.data.remote_files import RemoteFile, find_remote, is_remote, without_secrets
 from castalia.errors import DataError, refuse_pointer
-from castalia.reading import plain_json
+from castalia.reading import MAX_JSON_BYTES, plain_json
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 18  # read at a time; chunks are about as large
@@ -101,9 +101,10 @@ def find_files(inputs: Iterable[str | Path]) -> list[InputFile]:
 
 
 def _remote_files(url: str) -> list[InputFile]:
-    found = files_below(url)
-    if len(found) == 1 and found[0].url.rstrip("/") == url.rstrip("/"):
+    found, single = find_remote(url)
+    if single:
         return list(found)
+    url = without_secrets(url)
     known: list[InputFile] = [file for file in found if _reader(file) is not None]
     if not known:
         raise DataError(f"{url} holds no file with a known ending: {', '.join(READERS)}")
@@ -153,8 +154,7 @@ def chunks(files: Sequence[InputFile], keys: Sequence[str] = ("text",)) -> Itera
             raise DataError(f"{path}: unknown ending; known are {', '.join(READERS)}")
         with path.open("rb") as file:
             try:
-                refuse_pointer("it", file.read(64), Damaged)  # of Git LFS, in place of the file
-                file.seek(0)
+                refuse_pointer("it", file.peek(64), Damaged)  # of Git LFS, in place of the file
                 for chunk in reader(file, str(path), keys):
                     yield replace(chunk, done_bytes=before + file.tell())
             except DAMAGE as error:
@@ -428,8 +428,18 @@ def _lines_or_array(path: str, blocks: Iterator[bytes]) -> Iterator[Chunk]:
     """A record a line, as Dolma and C4 have it, or one JSON array of records."""
     first = next(blocks, b"")
     if first.lstrip()[:1] == b"[":
-        return _grouped(path, _array_records(first + b"".join(blocks)), is_json=True)
+        return _grouped(path, _array_records(_whole(chain((first,), blocks))), is_json=True)
     return _lines(path, chain((first,), blocks), is_json=True)
+
+
+def _whole(blocks: Iterable[bytes]) -> bytes:
+    """What is unpacked, as far as an array has room in memory."""
+    content = bytearray()
+    for block in blocks:
+        content += block
+        if len(content) > MAX_JSON_BYTES:
+            raise Damaged(f"a JSON array of more than {MAX_JSON_BYTES >> 20} MB; write it as a record a line")
+    return bytes(content)
 
 
 def _array_records(content: bytes) -> Iterator[bytes]:
@@ -505,34 +515,48 @@ def _read_tar(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk
 
 
 def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
+    errors = _arrow_errors(path, "parquet")
     try:
-        parquet = import_module("pyarrow.parquet")
-    except ImportError:
-        raise DataError(f"{path}: reading parquet needs the package pyarrow: pip install pyarrow") from None
-    try:
-        table = parquet.ParquetFile(file)
-    except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
+        table = import_module("pyarrow.parquet").ParquetFile(file)
+        names = table.schema_arrow.names
+    except errors as error:
         raise Damaged(f"not parquet: {error}") from error
-    columns = _columns(path, table.schema_arrow.names, keys)
-    return _grouped(path, _row_records(table.iter_batches(ROWS_AT_ONCE, columns=columns), columns), is_json=True)
+    columns = _columns(path, names, keys)
+    batches = table.iter_batches(ROWS_AT_ONCE, columns=columns)
+    return _grouped(path, _row_records(batches, columns, errors), is_json=True)
 
 
 def _read_arrow(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """A stream or a file of Arrow batches; the former is what Hugging Face's datasets have on disk."""
-    try:
-        ipc = import_module("pyarrow.ipc")
-    except ImportError:
-        raise DataError(f"{path}: reading arrow needs the package pyarrow: pip install pyarrow") from None
+    errors = _arrow_errors(path, "arrow")
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)
     try:
+        ipc = import_module("pyarrow.ipc")
         table = ipc.open_file(file) if is_file else ipc.open_stream(file)
-    except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
+        names = table.schema.names
+    except errors as error:
         raise Damaged(f"not arrow: {error}") from error
-    columns = _columns(path, table.schema.names, keys)
+    columns = _columns(path, names, keys)
     batches = (table.get_batch(n) for n in range(table.num_record_batches)) if is_file else iter(table)
-    rows = (batch.select(columns).slice(n, ROWS_AT_ONCE) for batch in batches for n in _starts(batch))
-    return _grouped(path, _row_records(rows, columns), is_json=True)
+    rows = (batch.slice(n, ROWS_AT_ONCE) for batch in _validated(batches, columns) for n in _starts(batch))
+    return _grouped(path, _row_records(rows, columns, errors), is_json=True)
+
+
+def _arrow_errors(path: str, kind: str) -> tuple[type[Exception], ...]:
+    """What pyarrow raises for files that are damaged. Raises DataError where it is missing."""
+    try:
+        return (OSError, ValueError, OverflowError, MemoryError, import_module("pyarrow").ArrowException)
+    except ImportError:
+        raise DataError(f"{path}: reading {kind} needs the package pyarrow: pip install pyarrow") from None
+
+
+def _validated(batches: Iterable[Any], columns: list[str]) -> Iterator[Any]:
+    """The columns of batches, whose offsets pyarrow else follows out of its memory."""
+    for batch in batches:
+        chosen = batch.select(columns)
+        chosen.validate(full=True)
+        yield chosen
 
 
 def _starts(batch: Any) -> range:
@@ -541,6 +565,8 @@ def _starts(batch: Any) -> range:
 
 def _columns(path: str, names: Sequence[str], keys: Sequence[str]) -> list[str]:
     """The columns that hold the keys, all of them if there are none. Raises DataError for one that is not there."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{path}: several columns are called {twice[0]!r}; leave one of them")
     missing = [key for key in keys if not set(key.split("|")) & set(names)]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(map(repr, names))}")
@@ -548,16 +574,17 @@ def _columns(path: str, names: Sequence[str], keys: Sequence[str]) -> list[str]:
     return [name for name in names if name in asked or not keys]
 
 
-def _row_records(batches: Iterator[Any], keys: list[str]) -> Iterator[bytes]:
+def _row_records(batches: Iterator[Any], keys: list[str], errors: tuple[type[Exception], ...]) -> Iterator[bytes]:
     """Rows as JSON objects. A value that JSON cannot hold becomes an object, which `texts_of` refuses."""
     while True:
         try:
             batch = next(batches, None)
-        except (OSError, ValueError) as error:
-            raise Damaged(str(error)) from error
+            rows = [] if batch is None else batch.to_pylist()
+        except errors as error:
+            raise Damaged(str(error) or "a batch is said to be larger than the memory") from error
         if batch is None:
             return
-        for row in batch.to_pylist():
+        for row in rows:
             yield json.dumps({key: row[key] for key in keys}, ensure_ascii=False, default=_no_json).encode()
 
 

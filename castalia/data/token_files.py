@@ -44,6 +44,9 @@ def index_tokens(
     link = bin_path(prefix)
     if os.path.lexists(link) and not (link.exists() and os.path.samefile(link, path)):
         raise DataError(f"{link} exists already, and is not {path}; name another --output")
+    index = idx_path(prefix)
+    if os.path.lexists(index) and (index.is_symlink() or not link.is_symlink()):  # not one that we made for a link
+        raise DataError(f"{index} exists already, so that {prefix} is a corpus as it is; else name another --output")
     tokens = np.memmap(path, kind, mode="r")
     ends = []
     for first in range(0, len(tokens), BLOCK_TOKENS):
@@ -66,7 +69,7 @@ def index_tokens(
     prefix.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(link):
         link.symlink_to(path.resolve())
-    with appearing(idx_path(prefix)) as file:
+    with appearing(index) as file:
         # uint32 has no code in an index; as i4 the ids are the same
         write_index(file, np.dtype("<i4") if kind.itemsize == 4 else kind, sizes, np.arange(len(sizes) + 1))
     return open_dataset(prefix)

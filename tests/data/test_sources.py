@@ -4,10 +4,14 @@ import json
 import lzma
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given
@@ -258,6 +262,31 @@ def test_arrow_files_of_both_kinds(tmp_path: Path) -> None:
         list(documents([path]))
 
 
+def test_an_arrow_file_that_points_out_of_its_values_is_damaged(tmp_path: Path) -> None:
+    """Pyarrow itself follows such offsets, and dies or reads what is not the file's."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    path = tmp_path / "a.arrow"
+    table = pyarrow.table({"text": ["hello", "wo", "rld"]})
+    with path.open("wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    good, content = np.array([0, 5, 7, 10], "<i4").tobytes(), path.read_bytes()
+    assert content.count(good) == 1
+    for bad in ([0, 5, 2**31 - 1, 2**31 - 1], [0, -5, 7, 10], [0, 9, 3, 10]):
+        path.write_bytes(content.replace(good, np.array(bad, "<i4").tobytes()))
+        with pytest.raises(DataError, match=r"a\.arrow is damaged: In column 0: .*offset"):
+            list(documents([path]))
+    size = len(content) - content.index(good) - 8  # of the body, in the header before it; the end is 8 bytes
+    assert content.count(size.to_bytes(8, "little")) == 1
+    path.write_bytes(content.replace(size.to_bytes(8, "little"), (1 << 62).to_bytes(8, "little")))
+    with pytest.raises(DataError, match=r"a\.arrow is damaged: a batch is said to be larger than the memory"):
+        list(documents([path]))
+    twice = pyarrow.record_batch([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    with path.open("wb") as sink, pyarrow.ipc.new_stream(sink, twice.schema) as writer:
+        writer.write_batch(twice)
+    with pytest.raises(DataError, match=r"a\.arrow: several columns are called 'text'"):
+        list(documents([path]))
+
+
 def test_a_dataset_of_hugging_face_on_disk(tmp_path: Path) -> None:
     """As the real package writes it: rows in order over shards, and results of `map` beside them."""
     datasets = pytest.importorskip("datasets", reason="needs datasets")
@@ -274,6 +303,12 @@ def test_a_dataset_of_hugging_face_on_disk(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds the splits test, train .* name one, .*both/train"):
         find_files([tmp_path / "both"])
     assert list(documents(find_files([tmp_path / "both" / "test"]))) == rows
+    (tmp_path / "both" / "train" / "state.json").unlink()
+    with pytest.raises(DataError, match=r"holds the splits test .* name one, .*both/test"):
+        find_files([tmp_path / "both"])
+    (tmp_path / "both" / "test" / "state.json").write_text('{"_data_files": []}')
+    with pytest.raises(DataError, match="this dataset of Hugging Face has no rows"):
+        find_files([tmp_path / "both" / "test"])
     next((tmp_path / "one").glob("data-00003*")).unlink()
     with pytest.raises(DataError, match=r"state\.json names data-00003-of-00012\.arrow, which is not there"):
         find_files([tmp_path / "one"])
@@ -291,6 +326,20 @@ def test_datasets_of_packages_that_are_not_read_are_refused_by_name(tmp_path: Pa
     (tmp_path / "more.jsonl").write_bytes(JSONL)
     with pytest.raises(DataError, match=rf"is a dataset of {name}.*, which is not read; write its text as JSON lines"):
         find_files([tmp_path])
+
+
+@pytest.mark.parametrize("index", ['[{"text": "a page"}]', "not JSON", '{"chunks": "x"}', "{}"])
+def test_other_files_of_that_name_are_nothing_special(tmp_path: Path, index: str) -> None:
+    (tmp_path / "index.json").write_text(index)
+    (tmp_path / "more.jsonl").write_bytes(JSONL)
+    assert list(documents(find_files([tmp_path]))) == TEXTS
+
+
+def test_an_array_is_unpacked_as_far_as_it_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("castalia.data.sources.MAX_JSON_BYTES", 1 << 20)
+    (tmp_path / "a.json.zst").write_bytes(zstandard.compress(b"[" + b" " * (50 << 20)))
+    with pytest.raises(DataError, match=r"a\.json\.zst is damaged: a JSON array of more than 1 MB"):
+        list(documents([tmp_path / "a.json.zst"]))
 
 
 def test_dolma_has_records_a_line_in_any_of_its_endings(tmp_path: Path) -> None:
@@ -343,6 +392,47 @@ def test_urls_are_read_by_fsspec(tmp_path: Path) -> None:
         find_files(["memory://bucket/none.jsonl"])
     with pytest.raises(DataError, match="nosuch://x: .*nosuch"):
         find_files(["nosuch://x"])
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[str]:
+    """The address of a server of files, which a password and a signature do not matter to."""
+
+    class Files(SimpleHTTPRequestHandler):
+        def log_message(self, *parts: object) -> None:
+            """Say nothing."""
+
+        def do_GET(self) -> None:
+            if "forbidden" in self.path:
+                return self.send_error(403)
+            if "broken" in self.path and "Range" in self.headers:
+                return self.send_error(500)
+            return super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_files_of_a_web_server(tmp_path: Path, site: str) -> None:
+    pytest.importorskip("aiohttp", reason="needs aiohttp")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL))
+    (tmp_path / "broken.jsonl").write_bytes(JSONL)
+    assert list(documents(find_files([f"{site}/a.jsonl.gz"]))) == TEXTS
+    secret = site.replace("//", "//me:PASSWORD@")
+    (file,) = find_files([f"{site}/a.jsonl.gz?signature=SECRET"])
+    assert list(documents([file])) == TEXTS and str(file) == f"{site}/a.jsonl.gz"
+    for url, message in {
+        f"{site}/none.jsonl?signature=SECRET": r"/none\.jsonl cannot be read: 404",
+        f"{site}/forbidden.jsonl?signature=SECRET": r"/forbidden\.jsonl cannot be read: 403",
+        f"{site}/broken.jsonl?signature=SECRET": r"/broken\.jsonl: 500",  # only when it is read
+        f"{secret}/none.jsonl": r"input http://127\.0\.0\.1:\d+/none\.jsonl cannot be read: ",
+        f"{site}/": "unknown ending",  # a page, whose links may lead anywhere
+    }.items():
+        with pytest.raises(DataError, match=message) as raised:
+            list(documents(find_files([url])))
+        assert "SECRET" not in str(raised.value) and "PASSWORD" not in str(raised.value)
 
 
 def test_parquet_is_read_over_fsspec_too(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ def test_the_index_is_that_of_the_same_documents(tmp_path, monkeypatch, dtype, o
         assert (tmp_path / f"same.{ending}").read_bytes() == (tmp_path / "out" / f"part-0.{ending}").read_bytes()
     assert [item.tolist() for item in corpus] == [document.tolist() for document in documents]
     index_tokens(tmp_path / "part-0.npy", tmp_path / "out" / "part-0", dtype, EOD)  # again
+    written = (tmp_path / "same.idx").read_bytes()
+    with pytest.raises(DataError, match=r"same\.idx exists already, so that .*same is a corpus as it is"):
+        index_tokens(tmp_path / "same.bin", tmp_path / "same", dtype, 1)
+    assert (tmp_path / "same.idx").read_bytes() == written
 
 
 def test_a_run_trains_on_them(tmp_path: Path) -> None:
