@@ -43,13 +43,15 @@ class LanguageModel(Transformer):
         """The text that follows each prompt, a text or token ids; `num_samples` texts for each.
 
         Keywords are the fields of `castalia.generate.generation.Sampling`: max_tokens, temperature, top_k, top_p, seed,
-        stop, num_samples, batch_size. Raises DataError for a prompt that the model cannot take, ConfigError for a
-        reward model.
+        stop, num_samples, batch_size. Raises DataError for a prompt that the model cannot take, ConfigError for a value
+        out of its range and for a reward model.
         """
         self.refuse_tokens_of_a_reward_model()
         return generate(self, self.tokenizer, [prompts] if isinstance(prompts, str) else prompts, **sampling)
 
-    def score(self, records: str | Sequence[str | Mapping[str, Any]], batch_size: int = 8) -> list[dict[str, Any]]:
+    def score(
+        self, records: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]], batch_size: int = 8
+    ) -> list[dict[str, Any]]:
         """How likely each text is, or what a reward model thinks of it, as `castalia score` has it.
 
         A record is a text, or what a line of a file of `castalia score` holds: messages, a prompt with an answer, a
@@ -59,12 +61,14 @@ class LanguageModel(Transformer):
         """
         encode = (rewards_encoder if self.cfg.reward_head else answers_encoder)(self.tokenizer, None)
         read = []
-        for number, record in enumerate([records] if isinstance(records, str) else records, start=1):
+        for number, record in enumerate([records] if isinstance(records, str | Mapping) else records, start=1):
             try:
+                if not isinstance(record, str | Mapping):
+                    raise ValueError(f"expected a text or the fields of a record, found {type(record).__name__}")
                 read.append(record_of({"text": record} if isinstance(record, str) else dict(record), encode))
             except ValueError as error:
                 raise DataError(f"record {number}: {error}") from None
-        return score_records(Executor(self, batch_size), read, batch_size)
+        return score_records(Executor(self, batch_size), read, batch_size) if read else []
 
 
 def load_model(
@@ -104,4 +108,7 @@ def _tokenizer(given: str | Path | Tokenizer | Savable) -> Tokenizer:
     if isinstance(given, str | Path):
         return tokenizer_at(given)
     with written(given) as folder:
-        return tokenizer_at(folder / "tokenizer.json")
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise DataError(f"the {type(given).__name__} writes no tokenizer.json, which fast tokenizers do; give one")
+        return tokenizer_at(file)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import castalia
 from castalia.cli.score import command as score
@@ -86,6 +86,37 @@ def test_a_loaded_model_writes_what_the_command_writes_and_scores_what_it_scores
         model.score(["a text", {"nothing": 1}])
 
 
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0: expected 1 or more"),
+        ({"temperature": -1.0}, r"temperature=-1\.0: expected 0 or more"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 1.5}, r"top_p=1\.5: expected 0 to 1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"stop": ("", "a")}, "stop has an empty string"),
+    ],
+)
+def test_settings_of_texts_that_make_no_sense_are_refused(folder, sampling, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        castalia.load_model(folder).generate("hello", **sampling)
+
+
+def test_prompts_and_records_that_are_none_are_refused(folder) -> None:
+    model = castalia.load_model(folder)
+    for prompts in ([1, 2], [[1.5]], [None]):
+        with pytest.raises(DataError, match="is neither a text nor a list of token ids"):
+            model.generate(prompts)
+    with pytest.raises(DataError, match=r"has token -1, but the model knows"):
+        model.generate([[3, -1]])
+    assert model.generate(torch.tensor([[1, 2]]), max_tokens=3) == model.generate([[1, 2]], max_tokens=3)
+    (text,) = model.generate("hello", max_tokens=9)
+    assert model.generate("hello", max_tokens=9, stop=text[2:4]) == [text[: text.index(text[2:4])]]
+    assert model.score([]) == [] and model.score({"text": "a b"}) == model.score("a b")
+    with pytest.raises(DataError, match="record 2: expected a text or the fields of a record, found int"):
+        model.score(["a", 5])
+
+
 def test_weights_are_read_by_name_from_the_checkpoint_itself(folder):
     checkpoint = castalia.open_checkpoint(folder)
     name = "blocks.0.attn.qkv.weight"
@@ -110,6 +141,12 @@ def test_a_tokenizer_object_of_transformers_is_taken_too(folder) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     found = castalia.load_model(theirs, tokenizer=words)
     assert found.generate("hello", max_tokens=5) == castalia.load_model(folder).generate("hello", max_tokens=5)
+
+
+def test_a_tokenizer_object_that_is_not_fast_is_refused_by_its_name(folder) -> None:
+    words = ByT5Tokenizer()
+    with pytest.raises(DataError, match=r"^the ByT5Tokenizer writes no tokenizer\.json"):
+        castalia.load_model(folder, tokenizer=words)
 
 
 def test_an_object_of_an_unknown_architecture_is_refused_by_its_name() -> None:
@@ -141,6 +178,11 @@ def test_a_model_object_is_trained_as_its_folder_is_and_has_the_trained_weights(
         assert torch.equal(state[name], expected[name].read())
     with pytest.raises(ConfigError, match="are two models to begin with; give one"):
         castalia.run_training(path, theirs)
+    with pytest.raises(ConfigError, match="nowhere"):
+        castalia.run_training(
+            castalia.load_config([words], ["data.path=nowhere", f"checkpoint.dir={tmp_path / 'x'}"]), theirs
+        )
+    assert not (tmp_path / "x").exists()
 
 
 def test_steps_of_batches_are_counted_from_one(corpus) -> None:

@@ -19,7 +19,7 @@ from castalia.bars import unseen
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.errors import CheckpointError
+from castalia.errors import CastaliaError, CheckpointError
 
 
 class Savable(Protocol):
@@ -38,8 +38,8 @@ def written(given: Savable) -> Iterator[Path]:
         try:
             save(given, folder)
             yield folder
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace(str(folder), f"the {type(given).__name__}")) from error
+        except CastaliaError as error:
+            raise type(error)(str(error).replace(str(folder), f"the {type(given).__name__}")) from error
 
 
 def save(given: Savable, folder: Path) -> None:

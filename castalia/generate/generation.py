@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import isfinite
+from math import inf, isfinite
+from operator import index
 from typing import TYPE_CHECKING, Literal, NamedTuple, Union
 
 import torch
 from torch import Tensor
 
 from castalia.checkpoint.restore import require_finite
-from castalia.errors import CheckpointError, DataError
+from castalia.errors import CheckpointError, ConfigError, DataError
 from castalia.generate.kv_cache import KVCache, Prompts
 from castalia.generate.sampling import Noise, choose
 from castalia.generate.text_stream import TextStream, TextTokenizer
@@ -47,6 +48,18 @@ class Sampling:
     stop: Sequence[str] = ()  # a text ends before the first of these strings, which may spell special tokens
     num_samples: int = 1  # texts for each prompt
     batch_size: int = 16  # texts that are generated at a time
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value out of its range."""
+        ranges = {"max_tokens": (1, inf), "temperature": (0, inf), "top_k": (0, inf), "top_p": (0, 1)}
+        ranges |= {"num_samples": (1, inf), "batch_size": (1, inf)}
+        for name, (least, most) in ranges.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ConfigError(f"{name}={value}: expected {least} {'or more' if most == inf else f'to {most}'}")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))  # and not each of its letters
+        if "" in self.stop:
+            raise ConfigError("stop has an empty string, which would end every text before its first letter")
 
 
 class TextPiece(NamedTuple):
@@ -209,7 +222,12 @@ def _prefill_chunks(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[i
 
 def checked_prompt(model: AnyModel, tokenizer: TextTokenizer, prompt: Prompt) -> list[int]:
     """The ids of a prompt, of an empty one that of the end of a document. Raises DataError as `stream` does."""
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    try:
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [index(token) for token in prompt]
+    except TypeError:
+        raise DataError(
+            f"the prompt {prompt!r} is neither a text nor a list of token ids; prompts are a list of such: [[1, 2, 3]]"
+        ) from None
     if not ids:
         if tokenizer.eod_id is None:
             raise DataError("an empty prompt begins with the end-of-document token, which this tokenizer does not have")
@@ -218,9 +236,9 @@ def checked_prompt(model: AnyModel, tokenizer: TextTokenizer, prompt: Prompt) ->
     shown = repr(prompt if len(prompt) <= 40 else f"{prompt[:40]}...")
     if limit is not None and len(ids) > limit:
         raise DataError(f"the prompt {shown} has {len(ids)} tokens; the model takes {limit} (model.max_positions)")
-    if max(ids) >= num_rows:
+    if foreign := [token for token in ids if not 0 <= token < num_rows]:
         raise DataError(
-            f"the prompt {shown} has token {max(ids)}, but the model knows {num_rows}; is its tokenizer right?"
+            f"the prompt {shown} has token {foreign[0]}, but the model knows {num_rows}; is its tokenizer right?"
         )
     return ids
 

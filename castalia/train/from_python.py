@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 
 from castalia.checkpoint.transformers_objects import Savable, fill, save
 from castalia.config.schema import RunConfig
-from castalia.errors import ConfigError
+from castalia.errors import CastaliaError, ConfigError
 from castalia.parallel.rendezvous import world_size
 from castalia.train.loop import train
 from castalia.train.run_folder import refuse_second_start, run_folder
@@ -23,9 +25,10 @@ def run_training(config: RunConfig, model: Savable | None = None, *, shows: bool
     Raises ConfigError and its like where the command prints an error, Stopped where a signal ended the run, which is
     saved.
     """
-    if model is not None:
+    if model is None:
+        refuse(find_obstacles(config))
+    else:
         config = _begun_with(model, config)
-    refuse(find_obstacles(config))
     folder = train(config, silent=not shows)
     if model is not None:
         fill(model, folder)
@@ -33,7 +36,10 @@ def run_training(config: RunConfig, model: Savable | None = None, *, shows: bool
 
 
 def _begun_with(model: Savable, config: RunConfig) -> RunConfig:
-    """The config of a run that begins with the object's weights, which are written into its folder."""
+    """The config of a run that begins with the object's weights, which are written into its folder.
+
+    Raises ConfigError for all that stands in the way of the run, of which nothing is then left.
+    """
     name = type(model).__name__
     if world_size() > 1:
         raise ConfigError(f"a {name} object trains in one process; for several: save_pretrained, checkpoint.init_from")
@@ -43,4 +49,12 @@ def _begun_with(model: Savable, config: RunConfig) -> RunConfig:
     folder = run_folder(config)
     refuse_second_start(folder)
     save(model, folder / OBJECT)
-    return config.with_({"checkpoint.init_from": str(folder / OBJECT)})
+    config = config.with_({"checkpoint.init_from": str(folder / OBJECT)})
+    try:
+        refuse(find_obstacles(config))
+    except CastaliaError:
+        rmtree(folder / OBJECT)
+        with suppress(OSError):  # what else lies there stays
+            folder.rmdir()
+        raise
+    return config
