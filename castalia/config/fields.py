@@ -88,7 +88,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     if hasattr(annotation, "__metadata__"):
         return _kind(annotation.__origin__, [*annotation.__metadata__, *metadata])
     if options and get_origin(annotation) is not tuple:
-        return _kind(options[0], metadata) + (" or null" if type(None) in get_args(annotation) else "")
+        kinds = dict.fromkeys(_kind(option, metadata) for option in options)
+        return ", or ".join(kinds) + (" or null" if type(None) in get_args(annotation) else "")
     if get_origin(annotation) is tuple:
         return "a list" if Ellipsis in get_args(annotation) else f"a list of {len(options)}"
     # The bound LARGEST exists to keep numbers sane; naming it would only distract.
