@@ -89,7 +89,7 @@ def test_convert_writes_only_what_differs(run):
         ("optimizer.lr", "optimizer.lr: a number above 0 (default 0.0003)"),
         ("gradient-clipping", "gradient_clipping (GPT-NeoX, default 1.0): becomes optimizer.clip_norm"),
         ("log_dir", "no effect here: metrics.jsonl"),
-        ("dim_att", "refused unless it is off: RWKV layers"),
+        ("dim_att", "dim_att (GPT-NeoX, default None): becomes the same as hidden_size"),
         ("gas", "a leftover of older releases"),
         ("save-interval", "save_interval (GPT-NeoX, formerly): now checkpoint_factor"),
         ("mlp_type", "refused unless it is off: `llama` became activation: swiglu"),

@@ -12,6 +12,7 @@ from castalia.config.neox.keys import KEYS
 MODEL = {"model": {"num_layers": 2, "hidden_size": 64, "num_heads": 2}}
 # Their sections need further keys, their values a file, or they go with others alone.
 NOT_ALONE = ("data.seq_length_warmup.", "train.batch_size_warmup.", "log.profile.", "finetune.lora.")
+NOT_ALONE += ("model.zero_centered_norms",)
 NOT_ALONE += ("model.rope_scaling.", "model.experts.", "parallel.cp_kind", "parallel.pipeline", "train.objective")
 
 

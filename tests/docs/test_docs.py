@@ -79,9 +79,9 @@ def test_the_figures_of_scaling_are_those_that_its_commands_print(tmp_path):
     assert len(found) == len(blocks(ROOT / "docs" / "scaling.md")) == 4
     for script, shown in found:
         assert printed(script, tmp_path) == shown
-    layouts = page[: page.index("## One learning rate for all widths")]  # the figures there are of no command
+    layouts = page[: page.index("## How far off")]  # the figures there are of other commands
     prose, output = PRINTED_BLOCK.sub("", layouts), "".join(shown for _, shown in found)
-    derived = {f"{1024 / 96:.1f}", f"{51.1 / 8.89:.1f}", f"{229.72 / 96:.2f}", f"{229.72 / 1024:.2f}"}
+    derived = {f"{1024 / 96:.1f}", f"{36 / 6.18:.1f}", f"{229.72 / 96:.2f}", f"{229.72 / 1024:.2f}"}
     derived.add(f"{0.82 + 1.64:.2f}")  # masters and moments
     assert set(FIGURE.findall(prose)) - derived <= set(FIGURE.findall(output))
     assert derived <= set(FIGURE.findall(prose))

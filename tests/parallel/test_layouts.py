@@ -81,11 +81,14 @@ def check(pool, tiny, alone, golden, family, name):
 
 
 def cpu():
-    """What decides which instructions, and so which bits: the kind of CPU that torch sees, and the model."""
+    """What decides which instructions, and so which bits: the kind of CPU that torch sees, the model, and its caches,
+    by whose sizes products are cut into parts."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().partition("\n\n")[0].splitlines() if info.exists() else []
     words = [line.partition(":")[2].strip() for line in lines if line.startswith(("cpu family", "model"))]
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *words])
+    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    sizes = [path.read_text().strip() for path in caches]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *words, *sizes])
 
 
 def check_recorded(golden, name, seen):
