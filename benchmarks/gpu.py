@@ -284,7 +284,7 @@ def our_step(bench: Bench, shape: ModelConfig, layout: Layout, compiled: bool, p
 def fill(executor: Executor) -> None:
     """Random weights, drawn on the device: those of a seed take minutes at this size."""
     for name, parameter in executor.parameters.items():
-        constant = constant_value(name)
+        constant = constant_value(executor.model.cfg, name)
         parameter.normal_(0.0, 0.02) if constant is None else parameter.fill_(constant)
 
 
