@@ -131,6 +131,11 @@ def leading_part(part: RankPart, limit: tuple[int, int] | None) -> Tensor:
     return part.local.narrow(dim, 0, max(0, min(size - part.start[dim], part.local.shape[dim])))
 
 
+def mesh_of(tensor: Tensor) -> object:
+    """The mesh of ranks that a tensor is sharded over; None: it is a plain tensor. Told without importing DTensor."""
+    return getattr(tensor, "device_mesh", None)
+
+
 class Executor:
     """Runs the whole model in one process, without a process group. `MeshExecutor` has the same methods on many ranks.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from castalia.config.schema import OptimizerConfig, ParameterGroup
 from castalia.config.tensor_table import block_of, in_one_block, row_of
 from castalia.errors import ConfigError
+from castalia.parallel.executor import mesh_of
 from castalia.reading import fits
 from castalia.train.update_rules import AdamW, AnyOptimizer, CombinedOptimizer, Lion, OneOptimizer
 
@@ -42,11 +43,11 @@ def make_optimizer(
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
     # By update rule, then by decay, learning-rate factor and the ranks that hold it, as no product takes tensors of
     # different meshes: each combination is one parameter group.
-    kinds: dict[str, dict[tuple[float, float, Any], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
+    kinds: dict[str, dict[tuple[float, float, object], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
         rule = update_rule(name, cfg, width_multiplier, num_layers, summed_bias_ranks)
         kind, decay, scale = rule.kind, rule.decay, rule.scale
-        kinds[kind][decay, scale, getattr(parameter, "device_mesh", None)].append(parameter)
+        kinds[kind][decay, scale, mesh_of(parameter)].append(parameter)
     optimizers: list[OneOptimizer] = []
     for kind, groups in kinds.items():
         param_groups: list[dict[str, Any]] = [
