@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from castalia.checkpoint.convert import plan_files, prepare
@@ -74,6 +78,31 @@ def test_every_model_type_is_tried() -> None:
     assert set(USUAL) == set(FAMILIES)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_key_that_a_class_reads_is_known(kind: str) -> None:
+    config, known = transformers.AutoConfig.for_model(kind), FAMILIES[kind].known
+    assert {key for key in config.to_dict() if key[0] != "_"} | config.attribute_map.keys() <= known
+    code = inspect.getsource(importlib.import_module(f"transformers.models.{kind}.modeling_{kind}"))
+    read = set(re.findall(r"config\.([a-z]\w+)", code)) | set(re.findall(r'getattr\([a-z.]*config, "(\w+)"', code))
+    of_other_classes = {"hidden_dropout"} if kind == "gpt2" else set()  # that which labels tokens
+    assert read - known - set(config.attribute_map.values()) <= of_other_classes and read & known
+
+
+@pytest.mark.parametrize("kind", USUAL)
+def test_unknown_keys_are_named_and_no_others(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path)
+    assert open_checkpoint(tmp_path).notes == ()
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    more: dict[str, Any] = {"a_new_norm": True, "not_used": None, "use_more": False}
+    if "rope_scaling" in FAMILIES[kind].keys:
+        more["rope_parameters"] = (config.get("rope_parameters") or {"rope_type": "default"}) | {"turns": [1, 2]}
+    file.write_text(json.dumps(config | more))
+    (note,) = open_checkpoint(tmp_path).notes
+    named = "a_new_norm=True, rope_parameters.turns=[1, 2]" if "rope_parameters" in more else "a_new_norm=True"
+    assert note.startswith(f"{named} of config.json means nothing that we know of in a {kind} model: ")
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if any(FAMILIES[CASES[case][0]].modules)])
 def test_the_trainers_order_is_that_of_the_class(case: str, tmp_path: Path) -> None:
     model, family = saved(case, tmp_path), FAMILIES[CASES[case][0]]
@@ -118,6 +147,10 @@ def test_a_whole_cycle(case: str, lora: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "case, changes, message",
     [
+        ("llama", {"is_causal": False}, "is_causal=False is not supported"),
+        ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),
+        ("llama", {"pruned_heads": {"0": [1]}}, "pruned_heads={.*} is not supported"),
+        ("qwen2", {"head_dim": 12}, "head_dim=12 is not supported; only None or 8"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "layer_types has 'chunked_attention'"),
         ("qwen2 windows", {"layer_types": ["chunked_attention"] * 4}, "layer_types has 'chunked_attention'"),
         ("qwen2 windows", {"layer_types": ["full_attention"] * 3}, "layer_types names 3 blocks, of which there are 4"),

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from castalia.checkpoint.formats.huggingface.block_patterns import READ_PATTERNS, WRITTEN_PATTERNS, windowed
+from castalia.checkpoint.formats.huggingface.idle_keys import REFUSED, ROPE_KEYS
 from castalia.checkpoint.formats.huggingface.mixtures import MIXTRAL, written_mixtral
 from castalia.checkpoint.formats.huggingface.model_type import ACTIVATIONS, Family
 from castalia.checkpoint.formats.huggingface.names import FAMILIES, plain_values
 from castalia.config.schema import MambaConfig, ModelConfig, RopeScaling
 from castalia.errors import CheckpointError
-from castalia.reading import keys, read_json
+from castalia.reading import keys, read_json, short
 
 COUNTS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
@@ -64,16 +65,27 @@ class ConfigJson:
 
     def __init__(self, path: Path, given: Mapping[str, Any], family: Family) -> None:
         self.path, self.family = path, family
-        known = {key: value for key, value in given.items() if key not in family.foreign}
+        known = {key: value for key, value in given.items() if key in family.known}
         self.given = {family.aliases[key]: value for key, value in known.items() if key in family.aliases} | {
             key: value for key, value in known.items() if key not in family.aliases
         }
         self.values = {**family.defaults, **self.given}
-        ignored = [f"{key}={given[key]}" for key in family.foreign if given.get(key)]
-        kind = given.get("model_type")
-        self.notes = (
-            [f"{', '.join(ignored)} of config.json means nothing in a {kind} model: it is ignored"] if ignored else []
-        )
+        self.notes = self._unknown(given)
+
+    def _unknown(self, given: Mapping[str, Any]) -> list[str]:
+        """One line that names the keys without a meaning here, but those that are null, false or 0."""
+        unknown = {key: value for key, value in given.items() if key not in self.family.known}
+        for table in ("rope_parameters", "rope_scaling"):
+            inner = self.given.get(table) or {}
+            unknown |= {f"{table}.{key}": value for key, value in inner.items() if key not in ROPE_KEYS}
+        named = [f"{short(key)[1:-1]}={short(value)}" for key, value in unknown.items() if value not in (None, False)]
+        if not named:
+            return []
+        them = "it is" if len(named) == 1 else "they are"
+        return [
+            f"{', '.join(named)} of config.json means nothing that we know of in a {given.get('model_type')} model: "
+            f"{them} ignored"
+        ]
 
     def __getitem__(self, key: str) -> Any:
         return self.values.get(key)
@@ -117,8 +129,11 @@ def settings(config: ConfigJson) -> dict[str, Any]:
     """The settings of `ModelConfig` that the file, or its model type, fixes."""
     family = config.family
     values: dict[str, Any] = {"embedding_multiplier": config["hidden_size"] ** 0.5} if family.scales_embedding else {}
-    for key in family.refused:
-        config.require(key, False, None)
+    for key in (*REFUSED, *family.refused):
+        config.require(key, False, None, *([{}] if key == "pruned_heads" else []))
+    config.require("is_causal", True, None)
+    if "head_dim" in family.beside:  # a class that reads it but has no such setting
+        config.require("head_dim", None, config["hidden_size"] // config["num_attention_heads"])
     for key, names in family.keys.items():
         if isinstance(names, bool):
             config.require(key, names)

@@ -89,14 +89,14 @@ DENSE = {
         "Qwen2ForCausalLM", "model.", "lm_head.weight", SIZES | RMS | ROPE | QWEN_WINDOWS,
         RMS_GATED | {"attention_bias": True, "attention_out_bias": False},
         RMS_HOLDS | WINDOW_HOLDS | {"attention_bias": {True}, "attention_out_bias": {False}},
-        QWEN_DEFAULTS, MODEL_RULES, LLAMA_MODULES, foreign=("attention_bias", "mlp_bias"),
+        QWEN_DEFAULTS, MODEL_RULES, LLAMA_MODULES, beside=("head_dim",),
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM", "model.", "lm_head.weight",
         SIZES | RMS | ROPE | QWEN_WINDOWS | {"head_dim": "head_dim", "attention_bias": "attention_bias"},
         RMS_GATED | {"qk_norm": "head"}, RMS_HOLDS | WINDOW_HOLDS | {"qk_norm": {"head"}, "head_dim": None},
         QWEN_DEFAULTS | {"head_dim": 128}, MODEL_RULES,
-        ("embed_tokens", f"{HEAD_NORM_MODULES} {NORM_MODULES}", "norm"), foreign=("mlp_bias",),
+        ("embed_tokens", f"{HEAD_NORM_MODULES} {NORM_MODULES}", "norm"),
     ),
     "gemma": Family(
         "GemmaForCausalLM", "model.", "lm_head.weight",
@@ -110,7 +110,7 @@ DENSE = {
         },
         MODEL_RULES, LLAMA_MODULES, refused=("use_bidirectional_attention",),
         words={"hidden_act": {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"}},  # its first files mean tanh
-        scales_embedding=True,
+        scales_embedding=True, aliases={"hidden_activation": "hidden_act"},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM", "model.", "lm_head.weight", SIZES | RMS | ROPE | {"attention_bias": "attention_bias"},
@@ -118,13 +118,14 @@ DENSE = {
         RMS_HOLDS | {"norm_placement": {"after"}, "qk_norm": {"width"}},
         OLMO_DEFAULTS | {"rms_norm_eps": 1e-5}, OLMO2_RULES,
         ("embed_tokens", f"{HEAD_NORM_MODULES} post_attention_layernorm post_feedforward_layernorm", "norm"),
+        beside=("head_dim",),
     ),
     "olmo": Family(
         "OlmoForCausalLM", "model.", "lm_head.weight",
         SIZES | ROPE | {"attention_bias": "attention_bias", "clip_qkv": "clip_qkv"},
         GATED | {"norm": "layernorm_no_params", "norm_eps": 1e-5},
         COMMON_HOLDS | {"norm": {"layernorm_no_params"}, "norm_eps": {1e-5}, "clip_qkv": None},
-        OLMO_DEFAULTS, MODEL_RULES, LLAMA_MODULES,
+        OLMO_DEFAULTS, MODEL_RULES, LLAMA_MODULES, beside=("head_dim",),
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM", "model.", "lm_head.weight",
@@ -137,7 +138,7 @@ DENSE = {
             "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 32768,
             "rope_theta": 2000000.0, "no_rope_layer_interval": 4, "tie_word_embeddings": True,
         },
-        MODEL_RULES, LLAMA_MODULES,
+        MODEL_RULES, LLAMA_MODULES, beside=("head_dim", "no_rope_layer_interval"),
     ),
     "stablelm": Family(
         "StableLmForCausalLM", "model.", "lm_head.weight",
@@ -156,7 +157,7 @@ DENSE = {
             "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_qkv_bias": False, "qk_layernorm": False,
             "use_parallel_residual": False,
         },
-        _each_head, ("", "", ""), refused=("hidden_dropout",),
+        _each_head, ("", "", ""), refused=("hidden_dropout",), beside=("head_dim",),
         words={"qk_layernorm": {False: False, True: "each_head"}},
     ),
     "gpt_neo": Family(
@@ -194,6 +195,7 @@ DENSE = {
             "ln_f",
         ),
         gelu_tanh="gelu_new", aliases={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
+        beside=("attention_layers",),  # which the class computes from attention_types
     ),
     "opt": Family(
         "OPTForCausalLM", "model.decoder.", "lm_head.weight",
@@ -261,5 +263,9 @@ DENSE = {
             "ln_f",
         ),
         aliases={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "n_embed": "hidden_size"},
+        beside=(
+            "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi", "seq_length",
+            "skip_bias_add", "skip_bias_add_qkv",  # of the program that trained the published ones
+        ),
     ),
 }  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from castalia.checkpoint.formats.huggingface.idle_keys import IDLE, REFUSED
 from castalia.checkpoint.rules import Chain, Each, Interleave, Inverse, Op, PermuteRows, Rule, Same, per_block
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, row_of, shapes_of
@@ -17,6 +18,7 @@ ACTIVATIONS = {  # `hidden_act` -> ours; the first of several that mean the same
 }  # fmt: skip
 
 
+EVERYWHERE = ("dtype", "torch_dtype", "quantization_config", "is_causal")  # keys of every class, which are read
 CLASSIFIER = "ForSequenceClassification"  # how the names of such classes end
 SCORE = "score.weight"  # their head, which stands outside of the prefix as the others do
 
@@ -41,13 +43,20 @@ class Family:
     # state: before the blocks, in each block, after the blocks; heads follow. Empty: no such state is read or written.
     modules: tuple[str, str, str]
     head_modules: tuple[str, ...] = ("lm_head",)  # its name in transformers 5, and its name before
-    foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
+    foreign: tuple[str, ...] = ()  # keys that are written for the sake of related classes, but which this one ignores
+    beside: tuple[str, ...] = ()  # further keys: read together with another, or without an effect in this class
     refused: tuple[str, ...] = ()  # keys that must be false, and are not written
     gelu_tanh: str = "gelu_pytorch_tanh"  # as the published models of this class call it
     aliases: Mapping[str, str] = field(default_factory=dict)  # other spellings of keys, which are not written
     # Of keys whose values are not ours: their values -> ours. Of equal ones of ours the first is written.
     words: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     scales_embedding: bool = False  # whether the class multiplies embeddings by the root of the hidden size
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All keys of config.json that are read, refused, or known to change nothing."""
+        own = {*self.keys, *self.aliases, *self.refused, *self.beside}
+        return (IDLE | {*own, *REFUSED, "vocab_size", "tie_word_embeddings", *EVERYWHERE}) - {*self.foreign}
 
     @property
     def reward_class(self) -> str:

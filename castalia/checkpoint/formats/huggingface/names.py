@@ -105,6 +105,10 @@ GPT2_KEYS: dict[str, str | bool] = {
     "resid_pdrop": "hidden_dropout", "attn_pdrop": "attention_dropout", "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }  # fmt: skip
+GPT_ALIASES = {
+    "num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
 LLAMA_KEYS = _KEYS | {
     "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "rms_norm_eps": "norm_eps", "mlp_bias": "mlp_bias",
 }  # fmt: skip
@@ -188,16 +192,15 @@ LLAMA_MODULES = (
 FAMILIES = {
     "gpt_neox": Family(
         "GPTNeoXForCausalLM", "gpt_neox.", "embed_out.weight", NEOX_KEYS, {}, NEOX_HOLDS, NEOX_DEFAULTS, _neox_rules,
-        NEOX_MODULES, head_modules=("lm_head", "embed_out"), gelu_tanh="gelu_fast",
+        NEOX_MODULES, head_modules=("lm_head", "embed_out"), gelu_tanh="gelu_fast", beside=("head_dim",),
     ),
     "gpt2": Family(
         "GPT2LMHeadModel", "transformer.", "lm_head.weight", GPT2_KEYS, {"position": "learned"}, GPT2_HOLDS,
-        GPT2_DEFAULTS, _gpt2_rules, GPT2_MODULES, refused=("add_cross_attention",), gelu_tanh="gelu_new",
+        GPT2_DEFAULTS, _gpt2_rules, GPT2_MODULES, gelu_tanh="gelu_new", aliases=GPT_ALIASES,
     ),
     "llama": Family(
         "LlamaForCausalLM", "model.", "lm_head.weight", LLAMA_KEYS, LLAMA_FIXED,
         LLAMA_HOLDS | {"sliding_window": {None}}, LLAMA_DEFAULTS, _llama_rules, LLAMA_MODULES,
-        foreign=("sliding_window",),
     ),
     "mistral": Family(
         "MistralForCausalLM", "model.", "lm_head.weight", MISTRAL_KEYS, LLAMA_FIXED,
@@ -208,11 +211,17 @@ FAMILIES = {
         "MixtralForCausalLM", "model.", "lm_head.weight", MIXTRAL_KEYS,
         LLAMA_FIXED | {"attention_bias": False, "mlp_bias": False},
         LLAMA_HOLDS | {"attention_bias": {False}, "gated_mlp": {False, True}}, MIXTRAL_DEFAULTS, _llama_rules,
-        ("", "", ""), foreign=("attention_bias", "mlp_bias"),
+        ("", "", ""), beside=("output_router_logits", "router_aux_loss_coef"),
+        aliases={"num_experts": "num_local_experts"},
     ),
     "mamba": Family(
         "MambaForCausalLM", "backbone.", "lm_head.weight", MAMBA_KEYS, MAMBA_FIXED, MAMBA_HOLDS, MAMBA_DEFAULTS,
-        _mamba_rules, ("", "", ""),
+        _mamba_rules, ("", "", ""), aliases={"n_layer": "num_hidden_layers", "d_model": "hidden_size"},
+        beside=(
+            "time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme",
+            "rescale_prenorm_residual", "use_mambapy", "use_associative_scan", "fused_add_norm", "rms_norm", "ssm_cfg",
+            "intermediate_size", "d_inner", "layer_types",  # which the class computes from others
+        ),
     ),
     **DENSE,
 }  # fmt: skip
