@@ -50,7 +50,7 @@ def command(
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16", "int8"], typer.Option(help="of weights and computation")
     ] = "auto",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option()] = "auto",
     memory: MemoryOption = None,
 ) -> None:
     """Talk with a model: turns become text by its chat template, and answers end where the turn ends.

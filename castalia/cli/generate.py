@@ -83,7 +83,7 @@ def command(
             "a quarter of fp32's memory and time, and texts that differ a little"
         ),
     ] = "auto",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option()] = "auto",
     config: Annotated[
         str | None, typer.Option(help="a file with sampling settings, such as NeoX's text_generation.yml")
     ] = None,

@@ -64,8 +64,8 @@ def command(
     from castalia.train.hardware import choose_device
     from castalia.units import parse_size
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {device}: choose auto, cpu or cuda")
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ConfigError(f"--device {device}: choose auto, cpu, cuda or mps")
     local = host in LOOPBACK
     if not local and not api_key:
         raise ConfigError(

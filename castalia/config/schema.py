@@ -853,7 +853,9 @@ class TrainConfig(Section):
         "auto",
         description="compile the blocks; auto: after ten steps, in GPU runs that are long enough to repay it",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="auto: a GPU where there is one; mps: Apple's, for one process"
+    )
     deterministic: bool = Field(
         False,
         description="bit-for-bit reproducible on GPUs too, more slowly; CPU runs always are",

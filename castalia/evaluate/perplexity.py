@@ -11,6 +11,7 @@ import torch
 
 from castalia.data.loader import Batch
 from castalia.data.sample_index import IGNORE
+from castalia.model.sums import sum_dtype
 from castalia.parallel.executor import Executor
 
 
@@ -19,7 +20,7 @@ def evaluate(executor: Executor, batches: Iterable[Batch]) -> dict[str, float]:
 
     Every rank gets whole batches, and takes its rows of them. Without predicted tokens the loss is NaN.
     """
-    total, count = torch.zeros((), dtype=torch.float64, device=executor.device), 0
+    total, count = torch.zeros((), dtype=sum_dtype(executor.device), device=executor.device), 0
     with executor.evaluating():
         for batch, loss in executor.losses(batches):
             total += loss

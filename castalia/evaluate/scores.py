@@ -26,7 +26,7 @@ def score_documents(executor: Executor, documents: Sequence[LabelledDocument], r
     records = [Record("answer", (document,), {}) for document in documents]
     with executor.evaluating():
         values = list(executor.values(record_batches(records, rows, longest)))
-    return np.concatenate([each.double().cpu().numpy() for each in values]) if values else np.zeros(0)
+    return np.concatenate([each.cpu().double().numpy() for each in values]) if values else np.zeros(0)
 
 
 def score_records(executor: Executor, records: Sequence[Record], rows: int) -> list[dict[str, Any]]:

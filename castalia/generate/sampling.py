@@ -9,6 +9,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from castalia.model.sums import sum_dtype
+
 BLOCK = 256  # random numbers that are drawn at once for each row
 COLDEST = 1e-30  # below this temperature, where division overflows, the likeliest token is taken
 CANDIDATES = 256  # number of likeliest tokens that mostly suffice for top_p; sorting the whole vocabulary is far slower
@@ -24,9 +26,10 @@ class Noise:
         self.block = torch.empty(0)
 
     def next(self) -> Tensor:
-        """The next number of each row: fp64 [rows] in [0, 1)."""
+        """The next number of each row: [rows] in [0, 1), as exact as the device's sums."""
         if self.used == BLOCK:
-            drawn = [torch.rand(BLOCK, dtype=torch.float64, generator=generator) for generator in self.generators]
+            wide, dtype = torch.float64, sum_dtype(self.device)
+            drawn = [torch.rand(BLOCK, dtype=wide, generator=generator).to(dtype) for generator in self.generators]
             self.block, self.used = torch.stack(drawn, dim=1).to(self.device), 0
         self.used += 1
         return self.block[self.used - 1]
@@ -49,7 +52,7 @@ def choose(logits: Tensor, noise: Noise | None, temperature: float, top_k: int, 
     if not (top_k or top_p):
         return _draw(probabilities, numbers)
     likely, ids = probabilities.topk(min(top_k or CANDIDATES, logits.shape[-1]))  # descending
-    held = likely.sum(dim=-1, dtype=torch.float64)
+    held = likely.sum(dim=-1, dtype=sum_dtype(logits.device))
     share = held * (top_p or math.inf) if top_k else torch.full_like(held, top_p)
     chosen = _draw_likely(likely, ids, share, numbers)
     short = (held < share) & (top_k == 0)
@@ -68,14 +71,14 @@ def likeliest(logits: Tensor) -> Tensor:
 
 def _draw_likely(likely: Tensor, ids: Tensor, share: Tensor, numbers: Tensor) -> Tensor:
     """One of `ids` [rows, n], in descending order of probability, without those after the `share` [rows] is reached."""
-    before = likely.cumsum(dim=-1, dtype=torch.float64) - likely
+    before = likely.cumsum(dim=-1, dtype=sum_dtype(likely.device)) - likely
     chosen = _draw(likely.masked_fill(before >= share[:, None], 0.0), numbers)
     return ids.gather(1, chosen[:, None])[:, 0]
 
 
 def _draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
     """Indices [rows] by inverse transform sampling, from probabilities [rows, n] of any sum and numbers in [0, 1)."""
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(dim=-1, dtype=sum_dtype(probabilities.device))
     chosen = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
     return chosen.clamp(max=probabilities.shape[-1] - 1)[:, 0]
 

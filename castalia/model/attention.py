@@ -89,7 +89,9 @@ class Context(NamedTuple):
 
 
 def capability(device: torch.device) -> Capability | None:
-    """Compute capability of a GPU, such as (8, 0); None for CPUs."""
+    """Compute capability of a GPU, such as (8, 0); None for CPUs. Apple's GPUs have none of CUDA's kernels: (0, 0)."""
+    if device.type == "mps":
+        return 0, 0
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 

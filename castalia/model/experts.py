@@ -141,7 +141,7 @@ def grouped(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     matrices = matrices.to(x.dtype)
     # Rows of all operands must be whole 16 bytes; on GPUs there is a kernel for bf16 alone.
     aligned = all(size * x.itemsize % 16 == 0 for size in matrices.shape[1:])
-    if grouped_mm is not None and aligned and (not x.is_cuda or x.dtype == torch.bfloat16):
+    if grouped_mm is not None and aligned and (x.device.type == "cpu" or (x.is_cuda and x.dtype == torch.bfloat16)):
         return grouped_mm(x, matrices, offs=counts.cumsum(0).int())
     sizes = counts.tolist()  # a GPU is waited for here
     return torch.cat([rows @ matrix for rows, matrix in zip(x.split(sizes), matrices, strict=True)])

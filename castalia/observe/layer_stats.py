@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from castalia.config.tensor_table import block_of
 from castalia.model.experts import ExpertMLP
+from castalia.model.sums import sum_dtype
 from castalia.parallel.executor import Executor
 
 Statistics = dict[str, dict[str, float]]
@@ -58,7 +59,7 @@ def dead_units(executor: Executor) -> dict[str, int]:
 def expert_shares(executor: Executor) -> dict[str, list[float]]:
     """The share of the router's choices that each expert got in the step that has been computed, by block."""
     loads = {name: mixture.load for name, mixture in mixtures(executor) if mixture.load is not None}
-    totals = _over_ranks(executor, loads, [load.double() for load in loads.values()])
+    totals = _over_ranks(executor, loads, [load.to(sum_dtype(load.device)) for load in loads.values()])
     return {name: [tokens / sum(counts) for tokens in counts] for name, counts in totals.items()}
 
 
@@ -87,9 +88,8 @@ def activation_statistics(executor: Executor) -> Iterator[Callable[[], Statistic
     def observe(name: str) -> Callable[..., None]:
         @torch.no_grad()
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            count = torch.tensor(output.numel(), dtype=torch.float64, device=output.device)
-            sums[name].append(torch.stack([_squares(output), (output == 0).sum(dtype=torch.float64), count]))
-            largest[name].append(output.abs().max().double()[None])
+            sums[name].append(_sums(output))
+            largest[name].append(output.abs().max().to(sum_dtype(output.device))[None])
 
         return hook
 
@@ -117,16 +117,22 @@ def _own(executor: Executor) -> dict[str, nn.Parameter]:
 
 
 def _squares(tensor: Tensor) -> Tensor:
-    return tensor.float().square().sum(dtype=torch.float64)
+    return tensor.float().square().sum(dtype=sum_dtype(tensor.device))
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """The sum of squares, the number of zeros and the number of elements: [3]."""
+    dtype = sum_dtype(tensor.device)
+    count = torch.tensor(tensor.numel(), dtype=dtype, device=tensor.device)
+    return torch.stack([_squares(tensor), (tensor == 0).sum(dtype=dtype), count])
 
 
 def _of_gradient(executor: Executor, parameter: nn.Parameter) -> list[Tensor]:
-    """Of a gradient, the sum of squares, the number of zeros and the number of elements; all 0 if there is none."""
+    """`_sums` of a gradient; all 0 if there is none."""
     if parameter.grad is None:
-        return [torch.zeros((), dtype=torch.float64, device=executor.part(parameter).local.device)] * 3
-    grad = executor.part(parameter.grad).local
-    count = torch.tensor(grad.numel(), dtype=torch.float64, device=grad.device)
-    return [_squares(grad), (grad == 0).sum(dtype=torch.float64), count]
+        device = executor.part(parameter).local.device
+        return list(torch.zeros(3, dtype=sum_dtype(device), device=device))
+    return list(_sums(executor.part(parameter.grad).local))
 
 
 def _over_ranks(

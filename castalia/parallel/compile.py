@@ -83,6 +83,8 @@ def missing_compiler(device: str) -> str | None:
     """The program or file that compiling for this type of device needs and this machine lacks; None if nothing is."""
     if device == "cpu":
         return None if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler: g++, or one that CXX names"
+    if device == "mps":
+        return "another device: compiled blocks have not been tried on Apple's GPUs"
     if find_spec("triton") is None:
         return "Triton"
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):

@@ -103,7 +103,9 @@ class Computed(NamedTuple):
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies a host tensor from page-locked memory, so that the copy does not wait for a GPU to finish its work."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class RankPart(NamedTuple):

@@ -19,7 +19,7 @@ from castalia.quickstart.choose import Pace
 from castalia.quickstart.family import architecture
 from castalia.train.setup import Session, start
 
-TRIALS = {"cpu": ((2, 64), (4, 192)), "cuda": ((6, 384), (12, 768))}  # layers, width
+TRIALS = {"cpu": ((2, 64), (4, 192)), "cuda": ((6, 384), (12, 768)), "mps": ((2, 128), (6, 384))}  # layers, width
 TRIAL_SECONDS = 4.0
 MOST_SECONDS = 12.0  # even where it has not made its steps
 LEAST_STEPS, WARMUP_STEPS = 3, 1

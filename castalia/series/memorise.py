@@ -173,7 +173,7 @@ def judge_panel(model: Transformer, panel: Panel, vocabulary: int) -> list[dict[
         # Padding of the vocabulary is never chosen, but it is a part of the loss, as in training.
         right.append((logits[..., :vocabulary].argmax(-1) == following).cpu().numpy())
         losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
-        nll.append(losses.view(following.shape).double().sum(-1).cpu().numpy())
+        nll.append(losses.view(following.shape).cpu().double().sum(-1).numpy())
     losses_of, matches = np.concatenate(nll), np.concatenate(right)
     spread = float(losses_of.std()) or 1.0
     first_wrong = np.where(matches.all(1), panel.continuation, matches.argmin(1))

@@ -43,10 +43,9 @@ def _show_one_step(session: Session, folder: Path, verbose: bool) -> dict[str, A
         seconds = time.perf_counter() - begin
         show_first_loss(session, result.loss, display)
         measured, planned = measured_and_planned(session, planned_layout(session), memory.bytes)
-        display.line(
-            f"memory: tensors took {memory_size(measured)}, plan says {memory_size(planned)} "
-            f"({measured / planned - 1:+.1%})"
-        )
+        took = f"tensors took {memory_size(measured)}, plan says {memory_size(planned)} ({measured / planned - 1:+.1%})"
+        unmeasured = f"plan says {memory_size(planned)}; torch does not tell what a step takes on {session.device.type}"
+        display.line(f"memory: {unmeasured if session.device.type == 'mps' else took}")
         left = session.last - done
         display.line(
             f"one step took {seconds:.2f} s, {session.tokens_of(done) / seconds:,.0f} tokens/s (the first is slow); "

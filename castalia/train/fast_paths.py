@@ -10,7 +10,7 @@ import torch
 from castalia.config.attention_kernels import Capability, choose_kernel
 from castalia.model.attention import capability, prefers_cudnn
 from castalia.parallel.compile import code_folder, missing_compiler
-from castalia.train.hardware import has_bf16
+from castalia.train.hardware import has_bf16, machine_name
 
 # What attention is asked for: names with the arguments of `choose_kernel`.
 TRAINING: dict[str, Any] = {"sight": "causal", "training": True}
@@ -43,14 +43,14 @@ def fast_paths(device: torch.device) -> list[FastPath]:
     return [
         FastPath(
             "GPU",
-            device.type == "cuda" and not lacking,
-            lacking or (torch.cuda.get_device_name() if device.type == "cuda" else "torch sees no CUDA device"),
+            device.type != "cpu" and not lacking,
+            lacking or ("torch sees no CUDA device" if device.type == "cpu" else machine_name(device)),
             "training is hundreds of times slower than on a data-centre GPU; small models remain practical",
         ),
         FastPath(
             "bf16 compute",
             native,
-            f"{device.type} multiplies bf16 " + ("natively" if native else "by emulation only, so fp32 is used"),
+            f"{device.type} multiplies bf16 " + ("natively" if native else "no faster than fp32, which is used"),
             "matrix products run in fp32, on GPUs and with AMX at a fifth of the speed of bf16 or less"
             + ("; precision.compute=fp16 is fast on this GPU" if device.type == "cuda" else ""),
         ),
@@ -105,7 +105,7 @@ def _attention(device: torch.device) -> FastPath:
     dtype = "bf16" if has_bf16(device) else "fp32"
     cudnn = prefers_cudnn(device)
     choice = choose_kernel(capability(device), dtype, "causal", head_size=64, training=True, cudnn=cudnn)
-    name = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name()
+    name = "this CPU" if device.type == "cpu" else machine_name(device)
     detail = f"{name} runs the {choice.kernel} kernel in {dtype}" + (f": {choice.why}" if choice.why else "")
     cost = "attention takes the memory-efficient kernel, which needs more time for long sequences"
     return FastPath("flash attention", choice.kernel in ("flash", "cuDNN"), detail, cost)

@@ -9,6 +9,7 @@ import torch
 
 from castalia.errors import ConfigError
 from castalia.machine import free_memory, usable_cores
+from castalia.parallel.rendezvous import world_size
 from castalia.plan.devices import auto_precision, find_device, this_cpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,16 +25,26 @@ def machine_name(device: torch.device, ranks: int = 1) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return f"{ranks} x {name}" if ranks > 1 else name
+    if device.type == "mps":
+        return "Apple's GPU (mps)"
     processes = f", {ranks} processes" if ranks > 1 else ""
     return f"CPU, {usable_cores()} cores{processes}"
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of `train.device`; `auto` is a GPU where there is one. Raises ConfigError for a missing GPU."""
+    """The device of `train.device`; `auto` is a GPU where there is one, Apple's for a single process alone.
+
+    Raises ConfigError for a missing GPU, and for several processes that are to share Apple's.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but torch sees no CUDA device; set train.device=cpu or =auto")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("train.device=mps, but torch sees none of Apple's GPUs; set train.device=cpu or =auto")
+    if wanted == "mps" and world_size() > 1:
+        raise ConfigError("train.device=mps is for one process: torch.distributed has no mps; set train.device=cpu")
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        apple = torch.backends.mps.is_available() and world_size() == 1
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     return torch.device(wanted)
 
 
@@ -48,7 +59,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return this_cpu().bf16
+    return device.type == "cpu" and this_cpu().bf16  # Apple's GPUs multiply fp32 as fast
 
 
 def repeat_bits() -> None:
@@ -67,6 +78,8 @@ def repeat_bits() -> None:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak floating-point operations per second in matrix products: measured on CPUs, None where it is unknown."""
+    if device.type == "mps":
+        return None
     if device.type == "cpu":
         return None if dtype == torch.float16 else measured_flops(dtype)  # CPUs emulate fp16, a thousand times slower
     known = find_device(torch.cuda.get_device_name(device))
@@ -104,4 +117,4 @@ def device_and_memory() -> tuple[str, int]:
     device = choose_device("auto")
     if device.type == "cuda":
         return "cuda", torch.cuda.mem_get_info(device)[0]
-    return "cpu", free_memory()
+    return device.type, free_memory()  # Apple's GPUs use the same memory

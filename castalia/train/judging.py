@@ -227,10 +227,10 @@ def sequence_values(
     figures = []
     with executor.evaluating():
         for batch in batches:
-            values = executor.each_sequence(Rows.of(batch)).double().cpu().numpy()
+            values = executor.each_sequence(Rows.of(batch)).cpu().double().numpy()
             if reference is not None:
                 with reference.evaluating():
-                    values -= reference.each_sequence(Rows.of(batch)).double().cpu().numpy()
+                    values -= reference.each_sequence(Rows.of(batch)).cpu().double().numpy()
                 values *= config.preference.beta
             elif not executor.models[0].cfg.reward_head:
                 values /= batch.loss_mask.sum(axis=1)

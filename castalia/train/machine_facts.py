@@ -58,7 +58,7 @@ def accelerator() -> str:
         )
         return kind if torch.cuda.is_available() else f"{kind}, but torch sees no device"
     if torch.backends.mps.is_available():
-        return "Apple's GPU (mps) is there, and not used: Castalia computes on the CPU"
+        return "Apple's GPU (mps), for one process"
     return "none: this build of torch is for CPUs"
 
 

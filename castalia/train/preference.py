@@ -17,6 +17,7 @@ from castalia.config.schema import PreferenceConfig, RunConfig
 from castalia.data.loader import Batch
 from castalia.errors import DataError
 from castalia.model.loss import IGNORE
+from castalia.model.sums import sum_dtype
 from castalia.parallel.executor import Executor, Rows, to_device
 
 
@@ -142,7 +143,8 @@ class PreferenceLoss:
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean loss and rewards over all ranks, given this data rank's rows of batches."""
-        tally, total, number = _Tally(), torch.zeros((), dtype=torch.float64, device=self.executor.device), 0.0
+        device, number = self.executor.device, 0.0
+        tally, total = _Tally(), torch.zeros((), dtype=sum_dtype(device), device=device)
         with self.executor.evaluating():
             for batch in batches:
                 loss_of = self._loss_function(batch)
@@ -208,7 +210,8 @@ class _Tally:
 
     def _add(self, name: str, values: Tensor, counted: Tensor) -> None:
         """`counted` masks the values. Selecting them instead would make the host wait for their number."""
-        sums = torch.stack([values.where(counted, 0).sum(dtype=torch.float64), counted.sum(dtype=torch.float64)])
+        dtype = sum_dtype(values.device)
+        sums = torch.stack([values.where(counted, 0).sum(dtype=dtype), counted.sum(dtype=dtype)])
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def means(self, executor: Executor) -> dict[str, float]:

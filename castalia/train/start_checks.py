@@ -107,11 +107,10 @@ def _check_layout(config: RunConfig, ranks: int) -> None:
 
 def _check_device(config: RunConfig) -> None:
     """Raises ConfigError if the config asks for a GPU and there is none."""
-    if config.train.device != "cuda":
-        return
-    from castalia.train.hardware import choose_device
+    if config.train.device not in ("auto", "cpu"):
+        from castalia.train.hardware import choose_device
 
-    choose_device("cuda")
+        choose_device(config.train.device)
 
 
 def _settle(config: RunConfig, found: list[Obstacle]) -> RunConfig:
