@@ -47,13 +47,16 @@ def choose_kernel(
     training: bool = False,
     writing: bool = False,
     cudnn: bool = True,
+    capped: bool = False,
 ) -> KernelChoice:
     """The kernel for one attention layer.
 
     `capability`: of the GPU, None for a CPU. `dtype`: "bf16", "fp16", "fp32" or another. `dropout`: of the attention
     weights, 0 outside of training. `training`: a backward pass follows. `writing`: generation, where every call has
-    more keys. `cudnn`: torch prefers cuDNN on devices that suit it.
+    more keys. `cudnn`: torch prefers cuDNN on devices that suit it. `capped`: scores have a soft cap.
     """
+    if capped:  # `castalia.model.attention.capped_attention`, which groups queries itself
+        return KernelChoice("plain", sight, "no fused kernel caps scores")
     expressed: Sight = "bias" if sight == "last causal" else sight
     if capability is None:
         no_flash = "CPUs' flash kernel has no dropout" if dropout else ""
@@ -97,7 +100,7 @@ def training_choice(
     `documents`: they attend only within themselves. `gathers`: this is the last of several context-parallel ranks,
     which holds the last queries of a sequence and gathers all keys.
     """
-    bias = reasons_for_bias(cfg, cfg.sliding_window, length, documents)
+    bias = reasons_for_bias(cfg, cfg.window, length, documents)
     return choose_kernel(
         capability,
         dtype,
@@ -107,6 +110,7 @@ def training_choice(
         dropout=cfg.attention_dropout,
         training=True,
         cudnn=cudnn,
+        capped=cfg.attention_softcap is not None,
     )
 
 

@@ -134,6 +134,9 @@ def placement(config: RunConfig) -> Iterator[Problem]:
         ("qk_norm", "norm"): isinstance(model.qk_norm, str)
         and kind not in ("layernorm", "rmsnorm")
         and f"model.qk_norm={model.qk_norm} needs model.norm=layernorm or rmsnorm, not {kind}",
+        ("head_bias", "tie_embeddings"): model.head_bias
+        and model.tie_embeddings
+        and "model.head_bias needs a head of its own; set model.tie_embeddings=false",
         ("attention_scale", "mup"): model.attention_scale
         and model.mup
         and "model.attention_scale is what model.mup sets; give model.mup.attention_temperature",

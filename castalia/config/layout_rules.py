@@ -54,6 +54,10 @@ def tensor_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
     if tp > 1 and model.other_kinds:
         text = f"parallel.tp={tp} cannot split {' and '.join(model.other_kinds)} blocks (model.pattern); use 1"
         yield Problem(text, ("parallel.tp", "model.pattern"))
+    if tp > 1 and model.attention_layers and model.qk_norm not in (False, "head"):
+        why = "has a weight for each head" if model.qk_norm == "each_head" else "is one norm over all heads"
+        text = f"model.qk_norm={str(model.qk_norm).lower()} {why}, which parallel.tp={tp} would split; use tp=1"
+        yield Problem(text, ("parallel.tp", "model.qk_norm"))
     for setting, _, size in indivisible_splits(model, tp):
         text = f"parallel.tp={tp} does not divide {setting}={size}; use one of {divisors(size)}"
         yield Problem(text, ("parallel.tp", setting))

@@ -260,8 +260,15 @@ class ModelConfig(Section):
     clip_qkv: PositiveFloat | None = Field(
         None, description="queries, keys and values are clipped to +- this; None: not at all"
     )
+    attention_softcap: PositiveFloat | None = Field(
+        None, description="attention scores s become c tanh(s / c), as in Gemma 2; None: they stay"
+    )
     mlp_bias: bool = Field(True, description="biases in all MLP matrices")
     tie_embeddings: bool = Field(False, description="the output head shares the embedding matrix")
+    head_bias: bool = Field(False, description="a bias in the output head, as in Phi and GPT-J")
+    logit_softcap: PositiveFloat | None = Field(
+        None, description="logits x become c tanh(x / c), as in Gemma 2; None: they stay"
+    )
     reward_head: bool = Field(False, description="a reward model: the head returns one number in place of logits")
     sliding_window: PositiveInt | None = Field(
         None, description="a token attends to itself and this many before it; None: to all before it"
@@ -374,6 +381,11 @@ class ModelConfig(Section):
         """The share of the blocks with attention that have the sliding window; 0 without one."""
         layers = [layer for layer, kind in enumerate(self.layer_kinds) if kind in ("dense", "moe")]
         return sum(self.window_of(layer) is not None for layer in layers) / max(1, len(layers))
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window; None also where no block with attention has it."""
+        return self.sliding_window if self.windowed_share else None
 
     @property
     def other_kinds(self) -> tuple[LayerKind, ...]:

@@ -51,7 +51,7 @@ class TensorRow(NamedTuple):
     @property
     def has_token_rows(self) -> bool:
         """Whether each row belongs to a token of the vocabulary, or pads it."""
-        return self.shape.startswith("vocab ")
+        return self.shape.partition(" ")[0] == "vocab"
 
 
 def norm_rows(module: str, needs: str = "", weight: str = "norm", bias: str = "hidden") -> list[TensorRow]:

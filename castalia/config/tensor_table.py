@@ -68,6 +68,7 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must ha
     "mlp_bias": lambda model: model.mlp_bias,
     "gated_mlp": lambda model: model.gated_mlp,
     "head": lambda model: not model.tie_embeddings and not model.reward_head,
+    "head_bias": lambda model: model.head_bias,
     "reward_head": lambda model: model.reward_head,
     "conv_bias": lambda model: model.mamba_sizes.conv_bias,
     "linear_bias": lambda model: model.mamba_sizes.linear_bias,
@@ -156,6 +157,7 @@ FINAL_NORM = tuple(norm_rows("norm"))
 AFTER_BLOCKS = (
     *FINAL_NORM,
     TensorRow("head.weight", "vocab hidden", "head", "head", tp_dim=0, adaptable=True),
+    TensorRow("head.bias", "vocab", "head head_bias", "biases", "zeros", 0, decays=False),
     TensorRow("reward.weight", "1 hidden", "reward_head", "reward head"),
 )
 ROWS = (*BEFORE_BLOCKS, *BLOCK, *AFTER_BLOCKS)

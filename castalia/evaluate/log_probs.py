@@ -34,7 +34,7 @@ def write_log_probabilities(model: Transformer, corpus: str, output: str, length
             calls: list[Any] = [(torch.from_numpy(each[:, :-1]).to(model.device), {}) for each in tokens]
             for items, hidden in zip(group, model.hidden_each(calls), strict=True):
                 labels = torch.from_numpy(_padded(items, length + 1, IGNORE)[:, 1:]).to(model.device)
-                losses = model.token_losses(hidden, model.head_weight, labels).cpu().numpy()
+                losses = model.losses_at(hidden, labels).cpu().numpy()
                 for item, loss in zip(items, losses, strict=True):  # loss [t]: of the label at each input token
                     log_probs = np.zeros(len(item), np.float32)
                     known = min(len(item) - 1, length)

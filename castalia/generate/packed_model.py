@@ -41,7 +41,7 @@ def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
     for name, block in model.blocks.items():
         if isinstance(block, Block):
             model.blocks[name] = packed_block(block, product)
-    model.head = product((model.head_weight, None))  # type: ignore[assignment]
+    model.head = product((model.head_weight, None if model.head is None else model.head.bias))  # type: ignore[assignment]
     if model.norm is not None:
         model.norm.float()
     model.compute_dtype = torch.float32

@@ -130,11 +130,15 @@ def attend(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention by the chosen kernel: q [b, n, t, d], k and v [b, kv, k, d] -> [b, n, t, d].
 
-    `bias` [b or 1, n or 1, t, k] is added to the scores; `scale` None means 1 / sqrt(d).
+    `bias` [b or 1, n or 1, t, k] is added to the scores; `scale` None means 1 / sqrt(d). `softcap`: see
+    `ModelConfig.attention_softcap`.
     """
+    if softcap is not None:
+        return capped_attention(q, k, v, softcap, bias, dropout_p, scale)
     b, n, t, d = q.shape
     group_size = n // k.shape[1]  # query heads per key/value head
     if group_size > 1 and choice.repeats:
@@ -145,6 +149,27 @@ def attend(
             return _kernel(grouped, k, v, choice, bias, dropout_p, scale).reshape(q.shape)
         k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)  # [b, n, k, d]
     return _kernel(q, k, v, choice, bias, dropout_p, scale)
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float, bias: Tensor | None, dropout_p: float, scale: float | None
+) -> Tensor:
+    """`attend` with scores that are capped before the bias is added; without a bias, queries are the last of the keys.
+
+    All scores are made, since no fused kernel has a cap.
+    """
+    b, n, t, d = q.shape
+    kv, keys = k.shape[1], k.shape[2]
+    grouped = (q * (d**-0.5 if scale is None else scale)).reshape(b, kv, n // kv * t, d)
+    scores = (grouped @ k.mT / softcap).tanh() * softcap  # [b, kv, group t, k]
+    scores = scores.view(b, n, t, keys)
+    if bias is None and t > 1:
+        hidden = torch.ones(t, keys, dtype=torch.bool, device=q.device).triu(keys - t + 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    elif bias is not None:
+        scores = scores + bias
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout_p)
+    return (weights.view(b, kv, -1, keys) @ v).view(b, n, t, d)
 
 
 def _kernel(
@@ -200,7 +225,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_size = layer, cfg.head_size
         self.group_size = cfg.num_heads // cfg.kv_heads  # query heads per key/value head
-        self.dropout = cfg.attention_dropout
+        self.dropout, self.softcap = cfg.attention_dropout, cfg.attention_softcap
         # muP: products of correlated vectors grow with d, so scores are divided by d, not by sqrt(d).
         self.scale = 1 / (cfg.head_size * cfg.mup.attention_temperature) if cfg.mup else cfg.attention_scale
         self.rotates, self.windowed, self.clip = cfg.rotates(layer), cfg.window_of(layer) is not None, cfg.clip_qkv
@@ -238,6 +263,7 @@ class Attention(nn.Module):
             bias=None if bias is None else bias.to(q.dtype),  # FSDP casts the arguments of a block
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
+            softcap=self.softcap,
         )
         return y.transpose(1, 2).reshape(b, t, -1).to(dtype)  # [b, n, t, d] -> [b, t, n d]
 

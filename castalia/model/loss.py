@@ -22,17 +22,24 @@ LABELLED_SHARE = 0.875  # of the tokens; with fewer labels the others are left o
 HALF_GAIN = 2.0**10  # factor on fp16 gradients of logits, of which those below 6e-8 would become zero
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits x -> cap tanh(x / cap), of the same shape; `cap` None: as they are."""
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum over the tokens of -log softmax(hidden weight^T)[label] in fp32, and the number of labels that are not -100.
 
     `z_loss` times the square of log(sum of exp(logits)) is added for each token, which keeps the logits from drifting
     (PaLM, 2204.02311). `hidden` [..., h] is in the compute dtype, `weight` [V, h] in any dtype with a gradient that
-    accumulates in fp32, `labels` [...].
+    accumulates in fp32, `labels` [...]. `cap`: see `capped`, of the logits.
     """
     rows, targets, _ = _labelled(hidden, labels)
     if is_slow_half(rows):
         rows = rows.float()
-    total = _LinearCrossEntropy.apply(rows, weight, targets, z_loss, torch.is_grad_enabled())
+    total = _LinearCrossEntropy.apply(rows, weight, targets, z_loss, torch.is_grad_enabled(), cap)
     return total, (targets != IGNORE).sum()
 
 
@@ -52,11 +59,17 @@ def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | 
 
 
 def sliced_cross_entropy(
-    hidden: Tensor, slices: Callable[[], Iterable[Tensor]], labels: Tensor, vocab: int
+    hidden: Tensor,
+    slices: Callable[[], Iterable[Tensor]],
+    labels: Tensor,
+    vocab: int,
+    bias: Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` without gradients, for a weight of which only some rows are cast at a time: same bits.
 
-    `slices` gives the weight [vocab, h], cast, as consecutive rows; it is called for each chunk of the tokens.
+    `slices` gives the weight [vocab, h], cast, as consecutive rows; it is called for each chunk of the tokens. `bias`
+    [vocab] is that of the head.
     """
     rows, targets, _ = _labelled(hidden, labels)
     if is_slow_half(rows):
@@ -64,8 +77,8 @@ def sliced_cross_entropy(
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     num_rows = _rows_of(CHUNK_BYTES, rows.device, rows.dtype.itemsize * vocab)
     for start in range(0, len(rows), num_rows):
-        logits = _sliced_logits(rows[start : start + num_rows], slices, vocab)
-        total += _loss_and_gradient(logits, targets[start : start + num_rows], 0.0)
+        logits = _sliced_logits(rows[start : start + num_rows], slices, vocab, bias)
+        total += _loss_and_gradient(logits, targets[start : start + num_rows], 0.0, cap)
         del logits  # as below
     return total, (targets != IGNORE).sum()
 
@@ -77,6 +90,8 @@ def sliced_token_losses(
     vocab: int,
     first: int = 0,
     reduce: Callable[[Tensor, str], None] | None = None,
+    bias: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """`token_losses` without gradients, for a weight of which only some rows are cast at a time: same bits.
 
@@ -85,32 +100,39 @@ def sliced_token_losses(
     rows, targets, real = _labelled(hidden, labels)
 
     def logits_of(part: slice) -> Tensor:
-        return _sliced_logits(rows[part], slices, vocab).float()
+        return capped(_sliced_logits(rows[part], slices, vocab, bias).float(), cap)
 
     log_sums, label_logits = _log_sums(logits_of, targets, vocab, first, reduce)
     return _in_place_of_all((log_sums - label_logits) * (targets != IGNORE), real, labels)
 
 
-def _sliced_logits(rows: Tensor, slices: Callable[[], Iterable[Tensor]], vocab: int) -> Tensor:
+def _sliced_logits(
+    rows: Tensor, slices: Callable[[], Iterable[Tensor]], vocab: int, bias: Tensor | None = None
+) -> Tensor:
     logits, end = rows.new_empty(len(rows), vocab), 0
     for weight in slices():
         torch.mm(rows, weight.to(rows.dtype).T, out=logits[:, end : end + len(weight)])
         end += len(weight)
-    return logits
+    return logits if bias is None else logits.add_(bias.to(logits.dtype))
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` in plain operations, with all logits in memory: what tests compare it with."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float().flatten(0, -2)
+    logits = capped(F.linear(hidden, weight.to(hidden.dtype)).float().flatten(0, -2), cap)
     real = labels.flatten() != IGNORE
     total = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE)
     return total + z_loss * (logits.logsumexp(-1)[real] ** 2).sum(), real.sum()
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, first: int = 0, reduce: Callable[[Tensor, str], None] | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    first: int = 0,
+    reduce: Callable[[Tensor, str], None] | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """-log softmax(hidden weight^T)[label] of each token in fp32, 0 where the label is -100, in the shape of `labels`.
 
@@ -119,7 +141,7 @@ def token_losses(
     with those of the other ranks in place, by "max" or "sum".
     """
     rows, targets, real = _labelled(hidden, labels)
-    return _in_place_of_all(_TokenLosses.apply(rows, weight, targets, first, reduce), real, labels)
+    return _in_place_of_all(_TokenLosses.apply(rows, weight, targets, first, reduce, cap), real, labels)
 
 
 def _in_place_of_all(losses: Tensor, real: Tensor | None, labels: Tensor) -> Tensor:
@@ -131,15 +153,17 @@ def _in_place_of_all(losses: Tensor, real: Tensor | None, labels: Tensor) -> Ten
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, reduce: Any) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, reduce: Any, cap: float | None
+    ) -> Tensor:
         cast = weight.to(hidden.dtype)
 
         def logits_of(part: slice) -> Tensor:
-            return (hidden[part] @ cast.T).float()
+            return capped((hidden[part] @ cast.T).float(), cap)
 
         log_sums, label_logits = _log_sums(logits_of, labels, len(weight), first, reduce)
         ctx.save_for_backward(hidden, weight, labels, log_sums)
-        ctx.first = first
+        ctx.first, ctx.cap = first, cap
         return (log_sums - label_logits) * (labels != IGNORE)
 
     @staticmethod
@@ -150,14 +174,21 @@ class _TokenLosses(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part, targets, here in _chunks(labels, len(weight), ctx.first):
-            logits = (hidden[part] @ cast.T).float()
+            logits = capped((hidden[part] @ cast.T).float(), ctx.cap)
+            slope = slope_of(logits, ctx.cap)
             d_logits = logits.sub_(log_sums[part][:, None]).exp_()  # softmax minus one-hot, times the loss's gradient
             d_logits.scatter_add_(1, targets, -here.float()[:, None])
-            d_logits = d_logits.mul_(grad[part][:, None]).to(hidden.dtype)
+            d_logits = d_logits.mul_(grad[part][:, None])
+            d_logits = (d_logits if slope is None else d_logits.mul_(slope)).to(hidden.dtype)
             torch.mm(d_logits, cast, out=d_hidden[part])
             if d_weight is not None:
                 _add_product(d_weight, d_logits.T, hidden[part])
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
+
+
+def slope_of(logits: Tensor, cap: float | None) -> Tensor | None:
+    """The derivative of `capped` where it gives these logits; None without a cap."""
+    return None if cap is None else 1 - (logits / cap).square_()
 
 
 def _log_sums(
@@ -203,7 +234,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients in the forward pass, chunk by chunk, as long as the logits of the chunk are in memory."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, grad_enabled: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, grad_enabled: bool, cap: float | None = None
+    ) -> Tensor:
         cast, factor = weight.to(hidden.dtype), 1 / gain(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
@@ -212,7 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), num_rows):
             part = slice(start, start + num_rows)
             logits = hidden[part] @ cast.T
-            total += _loss_and_gradient(logits, labels[part], z_loss)
+            total += _loss_and_gradient(logits, labels[part], z_loss, cap)
             if d_hidden is not None:
                 torch.addmm(d_hidden[part], logits, cast, beta=0, alpha=factor, out=d_hidden[part])
             if d_weight is not None:
@@ -224,25 +257,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
-        return *scaled_gradients(ctx, scale), None, None, None
+        return *scaled_gradients(ctx, scale), None, None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss: float, cap: float | None) -> Tensor:
     """The sum of the losses. The logits [n, V] are overwritten with their gradients times `gain`."""
     num_rows = _rows_of(BLOCK_BYTES, logits.device, 4 * logits.shape[1])
     blocks = zip(logits.split(num_rows), labels.split(num_rows), strict=True)
-    return torch.stack([_block_loss(block, wanted, z_loss) for block, wanted in blocks]).sum()
+    return torch.stack([_block_loss(block, wanted, z_loss, cap) for block, wanted in blocks]).sum()
 
 
-def _block_loss(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+def _block_loss(logits: Tensor, labels: Tensor, z_loss: float, cap: float | None) -> Tensor:
     real, targets = (labels != IGNORE)[:, None].float(), labels.clamp(min=0)[:, None]
-    wide = logits.float()
+    wide = capped(logits.float(), cap)
     label_logits, largest = wide.gather(1, targets), wide.amax(dim=-1, keepdim=True)  # [n, 1]
     probs = F.softmax(wide, dim=-1)
     log_sums = largest - probs.amax(dim=-1, keepdim=True).log()  # the largest probability is 1 / sum of exp
     factor = real * gain(logits.dtype)
     # d loss / d logits = (1 + 2 z log_sum) softmax - one_hot(label)
-    logits.copy_(probs.mul_(factor * (1 + 2 * z_loss * log_sums)).scatter_add_(1, targets, -factor))
+    gradient = probs.mul_(factor * (1 + 2 * z_loss * log_sums)).scatter_add_(1, targets, -factor)
+    slope = slope_of(wide, cap)
+    logits.copy_(gradient if slope is None else gradient.mul_(slope))
     return ((log_sums - label_logits + z_loss * log_sums.square()) * real).sum()
 
 

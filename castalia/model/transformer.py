@@ -12,7 +12,8 @@ heads, d head size, f width of the MLP or of an expert, e experts, b sequences, 
     blocks.{i}.attn.q_norm.weight, .bias [d or n d]            blocks.{i}.attn.k_norm.weight, .bias [d or kv d]
     blocks.{i}.mlp.up.weight [f, h], .bias     blocks.{i}.mlp.gate.weight [f, h], .bias (gated only)
     blocks.{i}.mlp.router.weight [e, h]        blocks.{i}.mlp.experts.up, .gate, .down [e, f, h] (in place of an MLP)
-    blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]    head.weight [V, h] (absent when tied)
+    blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]
+    head.weight [V, h] (absent when tied), .bias [V] (only some models)
     blocks.{i}.gmlp.*, .mamba.*, .rwkv.* (see `gmlp.py`, `mamba.py`, `rwkv.py`; in place of attention and MLP)
     embed_norm.weight, .bias [h] (only some models)
     reward.weight [1, h] (reward models, which have no other head)
@@ -44,7 +45,7 @@ from castalia.model.experts import ExpertMLP
 from castalia.model.gmlp import GatedBlock
 from castalia.model.kept_tokens import Kept, spread, taken
 from castalia.model.layers import MLP, Embedding, Linear, is_slow_half, linear
-from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
+from castalia.model.loss import IGNORE, capped, linear_cross_entropy, token_losses
 from castalia.model.mamba import MambaBlock
 from castalia.model.norms import LayerNorm, build_norm
 from castalia.model.positions import Alibi, Rotary, Rotation, positions_in_documents, score_bias, sinusoids, visible
@@ -146,12 +147,12 @@ class Transformer(nn.Module):
         self.embed = Embedding(cfg.padded_vocab_size, cfg.hidden_size)
         self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
         self.embed_norm = LayerNorm(cfg.hidden_size, cfg.norm_eps) if cfg.embedding_norm else None
-        self.windowed, self.windows_differ = cfg.windowed_share > 0, 0 < cfg.windowed_share < 1
+        self.windows_differ = 0 < cfg.windowed_share < 1
         # A dict, so that blocks keep their numbers when a pipeline stage deletes others.
         self.blocks = nn.ModuleDict({str(i): build_block(cfg, i, exact) for i in range(cfg.num_layers)})
         self.norm = build_norm(cfg)
         headless = cfg.tie_embeddings or cfg.reward_head
-        self.head = None if headless else Linear(cfg.hidden_size, cfg.padded_vocab_size, bias=False)
+        self.head = None if headless else Linear(cfg.hidden_size, cfg.padded_vocab_size, cfg.head_bias)
         self.reward = Linear(cfg.hidden_size, 1, bias=False) if cfg.reward_head else None
         # Both act in attention alone.
         self.rotary = Rotary(cfg) if cfg.position == "rotary" and cfg.attention_layers else None
@@ -193,14 +194,29 @@ class Transformer(nn.Module):
         if per_sequence:  # the only use that a reward model has for labels
             if self.reward:
                 return self.reward_at(x, labels)
-            log_probs = -self.token_losses(x, self.head_weight, labels)  # [b, t]
+            log_probs = -self.losses_at(x, labels)  # [b, t]
             return (
                 log_probs.sum(1)
                 if answers is None
                 else torch.stack([(log_probs * answers).sum(1), log_probs.sum(1)], 1)
             )
         self.refuse_tokens_of_a_reward_model()
-        return self.loss(x, self.head_weight, labels, z_loss=self.z_loss if self.training else 0.0)
+        return self.total_loss(x, labels, self.z_loss if self.training else 0.0)
+
+    def total_loss(self, x: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+        """`linear_cross_entropy` of the final hidden state [b, t, h] with this model's head."""
+        return self.loss(*self.scored(x), labels, z_loss=z_loss, cap=self.cfg.logit_softcap)
+
+    def losses_at(self, x: Tensor, labels: Tensor) -> Tensor:
+        """`token_losses` of the final hidden state [b, t, h] with this model's head: [b, t]."""
+        return self.token_losses(*self.scored(x), labels, cap=self.cfg.logit_softcap)
+
+    def scored(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the losses multiply: hidden state and head. A bias is a further column, of a hidden value that is 1."""
+        weight = self.head_weight
+        if self.head is None or self.head.bias is None:
+            return x, weight
+        return torch.cat((x, torch.ones_like(x[..., :1])), -1), torch.cat((weight, self.head.bias[:, None]), 1)
 
     def hidden(
         self,
@@ -316,8 +332,7 @@ class Transformer(nn.Module):
             dtype = torch.float32 if is_slow_half(x) else x.dtype
             return choice, score_bias(places, keys, seen, self.alibi, dtype)
 
-        window = self.cfg.sliding_window if self.windowed else None
-        return Context(rotary, *within(window), within(None) if self.windows_differ else None, cache)
+        return Context(rotary, *within(self.cfg.window), within(None) if self.windows_differ else None, cache)
 
     def choice(self, x: Tensor, sight: Sight, cache: Cache | None) -> KernelChoice:
         """The attention kernel of all blocks, for hidden states with the dtype and device of x."""
@@ -331,6 +346,7 @@ class Transformer(nn.Module):
             training=torch.is_grad_enabled(),
             writing=cache is not None and cache.grows,
             cudnn=prefers_cudnn(x.device),
+            capped=self.cfg.attention_softcap is not None,
         )
 
     def reward_at(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -343,7 +359,7 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., V]. Raises ConfigError for a reward model."""
         self.refuse_tokens_of_a_reward_model()
-        return linear(x, self.head_weight) if self.head is None else self.head(x)
+        return capped(linear(x, self.head_weight) if self.head is None else self.head(x), self.cfg.logit_softcap)
 
     def refuse_tokens_of_a_reward_model(self) -> None:
         """Raises ConfigError if the model predicts no tokens."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.layers import hold_in
+from castalia.model.loss import capped
 from castalia.model.transformer import Transformer
 from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import cut_stage
@@ -110,7 +111,11 @@ class SplitModel(nn.Module):
 
     def own_logits(self, x: Tensor) -> Tensor:
         """x [rows, h] -> the logits [rows, V / tp] of this tensor rank's rows of the vocabulary."""
-        return F.linear(x, local(self.stage.head_weight).to(x.dtype))
+        head = self.stage.head
+        out = F.linear(x, local(self.stage.head_weight).to(x.dtype))
+        if head is not None and head.bias is not None:
+            out = out + local(head.bias).to(x.dtype)
+        return capped(out, self.cfg.logit_softcap)
 
     def from_last(self, value: Tensor) -> Tensor:
         """The value of the last stage in place of each rank's own."""

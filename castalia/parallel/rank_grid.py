@@ -119,8 +119,6 @@ def _model_problems(config: CompleteConfig) -> list[str]:
     problems = [problem.text for problem in (*tensor_problems(cfg, tp), *expert_problems(cfg, parallel))]
     if parallel.cp > 1 and parallel.cp_kind != "gather":
         problems += _gather_problems(cfg, parallel)
-    if tp > 1 and cfg.qk_norm not in (False, "head"):
-        problems.append(f"model.qk_norm is one norm over all heads, which parallel.tp={tp} would split; use tp=1")
     problems += [problem.text for problem in pipeline_problems(cfg, parallel.pp, per_rank)]
     # Stages per rank that a schedule allows: one, or several in interleaved, or the two ends of zero-bubble's V.
     least, most = {"interleaved": (2, cfg.num_layers), "zero-bubble": (2, 2)}.get(parallel.pipeline, (1, 1))
@@ -155,8 +153,9 @@ def why_not_compiled(config: CompleteConfig) -> str | None:
 def _gather_problems(cfg: ModelConfig, parallel: ParallelConfig) -> list[str]:
     """Why context ranks have to gather keys and values instead of exchanging them by Ulysses or a ring."""
     given = {
-        f"model.sliding_window={cfg.sliding_window}": cfg.sliding_window,
+        f"model.sliding_window={cfg.window}": cfg.window,
         "model.position=alibi": cfg.position == "alibi",
+        f"model.attention_softcap={cfg.attention_softcap}": cfg.attention_softcap,
     }
     problems = [
         f"parallel.cp_kind={parallel.cp_kind} attends to all earlier tokens alike, but {name} does not; use gather"

@@ -26,7 +26,7 @@ from castalia.config.loss_chunks import CHUNK_BYTES
 from castalia.errors import ConfigError
 from castalia.model.experts import ExpertMLP
 from castalia.model.layers import Linear
-from castalia.model.loss import IGNORE, gain, product, scaled_gradients, token_losses
+from castalia.model.loss import IGNORE, capped, gain, product, scaled_gradients, slope_of, token_losses
 from castalia.model.transformer import Block, Transformer
 from castalia.parallel.expert_parallel import SplitExperts
 
@@ -162,7 +162,7 @@ def _gather_sequence(mesh: DeviceMesh, block: nn.Module, args: tuple, output: Te
 
 
 def vocabulary_parallel_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0, *, mesh: DeviceMesh
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0, cap: float | None = None, *, mesh: DeviceMesh
 ) -> tuple[Tensor, Tensor]:
     """`castalia.model.loss.linear_cross_entropy` with split rows of `weight`: each rank holds [V / tp, h]."""
     assert isinstance(weight, DTensor)
@@ -171,11 +171,15 @@ def vocabulary_parallel_cross_entropy(
     rows = DTensor.from_local(rows, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
     local = weight.to_local()
     first = mesh.get_local_rank() * local.shape[0]
-    total = _VocabularyParallel.apply(rows, local, targets, first, mesh.get_group(), z_loss, torch.is_grad_enabled())
+    total = _VocabularyParallel.apply(
+        rows, local, targets, first, mesh.get_group(), z_loss, torch.is_grad_enabled(), cap
+    )
     return total, (targets != IGNORE).sum()
 
 
-def vocabulary_parallel_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, mesh: DeviceMesh) -> Tensor:
+def vocabulary_parallel_token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None, *, mesh: DeviceMesh
+) -> Tensor:
     """`castalia.model.loss.token_losses` with split rows of `weight`: each rank holds [V / tp, h]."""
     assert isinstance(weight, DTensor)
     rows = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
@@ -184,7 +188,7 @@ def vocabulary_parallel_token_losses(hidden: Tensor, weight: Tensor, labels: Ten
     def reduce(tensor: Tensor, how: str) -> None:
         dist.all_reduce(tensor, operations[how], group)
 
-    return token_losses(rows, local, labels, mesh.get_local_rank() * local.shape[0], reduce)
+    return token_losses(rows, local, labels, mesh.get_local_rank() * local.shape[0], reduce, cap)
 
 
 class _VocabularyParallel(torch.autograd.Function):
@@ -203,6 +207,7 @@ class _VocabularyParallel(torch.autograd.Function):
         group: Any,
         z_loss: float,
         grad_enabled: bool,
+        cap: float | None,
     ) -> Tensor:
         cast, held = weight.to(hidden.dtype), gain(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -213,7 +218,8 @@ class _VocabularyParallel(torch.autograd.Function):
             part = slice(start, start + num_rows)
             # logits [rows, V / tp] of this chunk; softmax needs their maximum and sum over the whole vocabulary.
             x, real = hidden[part], labels[part] != IGNORE
-            logits = (x @ cast.T).float()
+            logits = capped((x @ cast.T).float(), cap)
+            slope = slope_of(logits, cap)
             largest = logits.amax(dim=-1, keepdim=True)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group)
             logits -= largest
@@ -233,7 +239,8 @@ class _VocabularyParallel(torch.autograd.Function):
             # gradients in range; it is divided out below.
             d_logits = exponentials.mul_(((1 + 2 * z_loss * log_sums) / sums[0])[:, None])
             d_logits.scatter_add_(1, targets, -here.float()[:, None])
-            d_logits = d_logits.mul_(real[:, None] * held).to(x.dtype)
+            d_logits = d_logits.mul_(real[:, None] * held)
+            d_logits = (d_logits if slope is None else d_logits.mul_(slope)).to(x.dtype)
             if d_hidden is not None:
                 torch.addmm(d_hidden[part], d_logits, cast, beta=0, alpha=1 / held, out=d_hidden[part])
             if d_weight is not None:
@@ -244,7 +251,7 @@ class _VocabularyParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
-        return *scaled_gradients(ctx, scale), None, None, None, None, None
+        return *scaled_gradients(ctx, scale), None, None, None, None, None, None
 
 
 def shard_adapters(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -345,12 +345,13 @@ def _inner_width(model: ModelConfig) -> float:
 def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, compute: Compute) -> int:
     """Bytes that the plain kernel keeps, all in fp32: scaled queries and keys, values, and scores.
 
-    Of the scores it keeps the softmax and, with dropout, the mask and the result.
+    Of the scores it keeps the softmax and, with dropout, the mask and the result; of capped ones the tangents, too.
     """
     kv = heads if model.kv_heads < model.num_heads else kv
     dropped = 0 if not model.attention_dropout else 4 + (1 if compute.device == "cuda" else 4)
     values = kv if compute.casts or model.kv_heads < model.num_heads else 0
-    return 4 * (heads + kv + values) + (4 + dropped) * how.scores
+    tangents = compute.element_bytes if model.attention_softcap else 0
+    return 4 * (heads + kv + values) + (4 + dropped + tangents) * how.scores
 
 
 @lru_cache

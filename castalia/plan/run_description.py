@@ -94,7 +94,7 @@ def attention(config: RunConfig, device: str | None = None, capability: Capabili
     model, length, parallel = config.model, config.data.seq_length, config.parallel
     if model is None:
         return "unknown: no model is described"
-    masked = " and ".join(reasons_for_bias(model, model.sliding_window, length, config.data.mask_documents))
+    masked = " and ".join(reasons_for_bias(model, model.window, length, config.data.mask_documents))
     what = f"causal with a mask for {masked}" if masked else "causal, without a mask"
     if parallel.cp > 1 and parallel.cp_kind != "ulysses":
         share = 2 - 1 / parallel.cp

@@ -16,7 +16,7 @@ from castalia.config.attention_kernels import reasons_for_bias
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.scan_chunks import CHUNK_VALUES, SCAN_TOKENS
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, row_of, shapes_of
+from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, shapes_of
 from castalia.errors import ConfigError
 from castalia.plan.count import block_size, count
 from castalia.plan.flops import forward_flops, kv_cache_bytes, state_bytes
@@ -27,6 +27,7 @@ HEAD_ROWS = 2048  # of the head, cast at a time
 PREFILL_CHUNK_TOKENS = 2048  # tokens of several prompts that go through the model at a time
 READERS = 4  # threads
 PIECE_BYTES = 8 << 20  # that a thread reads at once, and of a tensor that it converts at a time
+TOKEN_MATRICES = ("embed.weight", "head.weight")  # of the vocabulary, which are read by rows or as a unit
 BUFFERS = 2  # one block is computed with while the next one arrives
 LOSS_BLOCKS = 5  # fp32 copies of a block of logits that the loss holds at a time
 SCORED_LOGITS = 1 << 24  # of continuations, that are in memory at a time
@@ -68,7 +69,7 @@ class StreamedSizes:
 def sizes_of_model(model: ModelConfig, stored_bytes: int, element_bytes: int) -> StreamedSizes:
     """The sizes of a model that is only a config: values are stored in so many bytes, computed in `element_bytes`."""
     outside = {name: prod(shape) for name, shape in shapes_of((*BEFORE_BLOCKS, *AFTER_BLOCKS), model).items()}
-    rest = sum(size for name, size in outside.items() if not row_of(name).has_token_rows)
+    rest = sum(size for name, size in outside.items() if name not in TOKEN_MATRICES)
     largest = max(prod(shape) for kind in set(model.layer_kinds) for shape in shapes_of(BLOCK, model, kind).values())
     return StreamedSizes(
         blocks=tuple(block_size(model, kind) * stored_bytes for kind in model.layer_kinds),
@@ -206,7 +207,7 @@ def evaluation_work(model: ModelConfig, shape: EvaluationShape, element_bytes: i
     """Micro-batches of windows. A bias of attention, where one is needed, is kept with each of them."""
     length, tokens, different = shape.length, shape.rows * shape.length, shape.rows if shape.documents else 1
     bias = 0
-    if reasons_for_bias(model, model.sliding_window, length, shape.documents):
+    if reasons_for_bias(model, model.window, length, shape.documents):
         bias = different * (model.num_heads if model.position == "alibi" else 1) * length**2
     rotary = different * length * model.head_size
     kept = element_bytes * (tokens * model.hidden_size + bias + rotary) + 3 * 8 * tokens

@@ -14,7 +14,7 @@ from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import block_of, row_of
 from castalia.model.layers import held_dtype
 from castalia.plan.layout import Stage, stages
-from castalia.plan.stream_plan import BUFFERS, PIECE_BYTES, READERS, StreamedSizes
+from castalia.plan.stream_plan import BUFFERS, PIECE_BYTES, READERS, TOKEN_MATRICES, StreamedSizes
 from castalia.storage.derived import Joined, Part, Permuted, Reordered, Transposed, Wrapper, part
 from castalia.storage.direct import WINDOW_BYTES
 from castalia.storage.lazy import ITEM_BYTES, TensorRef, everything
@@ -138,7 +138,7 @@ def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype, share
     # A tied matrix has two uses: streamed whole as the head, and read by single rows as the embedding.
     has_head = stage.last and not cfg.reward_head
     head = ("embed.weight" if cfg.tie_embeddings else "head.weight",) if has_head else ()
-    outside = [name for name in refs if not 0 <= block_of(name) < cfg.num_layers and not row_of(name).has_token_rows]
+    outside = [name for name in refs if not 0 <= block_of(name) < cfg.num_layers and name not in TOKEN_MATRICES]
     rest = [name for name in outside if (stage.first if block_of(name) < 0 else stage.last)]
     return ModelUnits(blocks, unit(head), unit(rest), whole["embed.weight"], dtype, share)
 

@@ -21,7 +21,7 @@ from castalia.checkpoint.restore import require_finite
 from castalia.config.schema import ModelConfig
 from castalia.data.loader import Batch
 from castalia.model.layers import Linear, linear
-from castalia.model.loss import IGNORE, sliced_cross_entropy, sliced_token_losses
+from castalia.model.loss import IGNORE, capped, sliced_cross_entropy, sliced_token_losses
 from castalia.model.transformer import Block, Transformer, build_block
 from castalia.parallel.executor import Executor, Rows
 from castalia.plan.stream_plan import HEAD_ROWS, StreamPlan, head_slice_bytes
@@ -181,24 +181,39 @@ class StreamedTransformer(Transformer):
         """See `Transformer.logits`. Of a tensor rank those of its rows of the vocabulary."""
         self.refuse_tokens_of_a_reward_model()
         if self.packing:
-            return self.reader.take(len(self.numbers))(x)
-        return torch.cat([linear(x, rows) for rows in self.head_slices(self.head_weight, x.dtype)], dim=-1)
+            out = self.reader.take(len(self.numbers))(x)
+        else:
+            out = torch.cat([linear(x, rows) for rows in self.head_slices(self.head_weight, x.dtype)], dim=-1)
+        return capped(out if self.head_bias is None else out + self.head_bias.to(x.dtype), self.cfg.logit_softcap)
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The head's bias [V], of a tensor rank its part."""
+        return None if self.head is None else self.head.bias
+
+    def scored(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden state and head's matrix; the losses below add the bias themselves."""
+        return x, self.head_weight
 
     def loss(  # type: ignore[override]
-        self, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+        self, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0, cap: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """The loss of a model that does not train, as `linear_cross_entropy` gives it."""
         if self.reduce is None:
-            return sliced_cross_entropy(x, lambda: self.head_slices(weight, x.dtype), labels, len(weight))
-        return self.token_losses(x, weight, labels).sum(), (labels != IGNORE).sum()
+            return sliced_cross_entropy(
+                x, lambda: self.head_slices(weight, x.dtype), labels, len(weight), self.head_bias, cap
+            )
+        return self.token_losses(x, weight, labels, cap).sum(), (labels != IGNORE).sum()
 
-    def token_losses(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+    def token_losses(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None
+    ) -> Tensor:
         """The losses of a model that does not train, as `castalia.model.loss.token_losses` gives them."""
 
         def slices() -> Iterator[Tensor]:
             return self.head_slices(weight, x.dtype)
 
-        return sliced_token_losses(x, slices, labels, len(weight), self.first_row, self.reduce)
+        return sliced_token_losses(x, slices, labels, len(weight), self.first_row, self.reduce, self.head_bias, cap)
 
     def head_slices(self, weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         """Rows of the head in `dtype`, each valid until the next ones are asked for."""
@@ -225,7 +240,7 @@ class StreamedExecutor(Executor):
         remaining = iter(batches)
         while group := list(islice(remaining, self.model.calls_at_once)):
             for batch, rows, x in self._through_blocks(group):
-                yield batch, self.model.loss(x, self.model.head_weight, rows.labels)[0]
+                yield batch, self.model.total_loss(x, rows.labels)[0]
 
     def values(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """See `Executor.values`. Each batch is one micro-batch."""

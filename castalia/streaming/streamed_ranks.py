@@ -110,7 +110,7 @@ class StreamedSplitExecutor(StreamedExecutor):
             calls = [(each.tokens, {"documents": each.documents}) for each in rows]
             states = self.split.hidden_each(calls)
             found = [
-                stage.loss(x, stage.head_weight, each.labels)[0] if self.split.is_last else torch.zeros(())
+                stage.total_loss(x, each.labels)[0] if self.split.is_last else torch.zeros(())
                 for x, each in zip(states, rows, strict=True)
             ]
             losses = torch.stack(found).to(self.device)

@@ -169,6 +169,10 @@ def test_a_whole_cycle(case: str, lora: bool, tmp_path: Path) -> None:
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16 is not supported"),
         ("opt", {"enable_bias": False}, "enable_bias=False is not supported"),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True is not supported"),
+        ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
+        ("gptj", {"rotary_dim": 12}, "rotary_dim=12 is not supported; only 2 or 4 or 6 or 8"),
+        ("gptj", {"rotary_dim": None}, "rotary_dim=None is not supported"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm=True is not supported"),
     ],
 )
@@ -196,6 +200,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of models that GPT-NeoX, Megatron and 
     "window_pattern": {"sliding_window": 5, "window_pattern": [True, False]},
     "embedding_norm": {"embedding_norm": True},
     "embedding_multiplier": {"embedding_multiplier": 4.0},
+    "head_bias": {"head_bias": True},
+    "attention_softcap": {"attention_softcap": 2.0},
+    "logit_softcap": {"logit_softcap": 3.0},
 }
 
 

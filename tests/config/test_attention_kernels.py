@@ -1,6 +1,7 @@
 import pytest
 
-from castalia.config.attention_kernels import KernelChoice, choose_kernel
+from castalia.config.attention_kernels import KernelChoice, choose_kernel, training_choice
+from castalia.config.schema import ModelConfig
 
 V100, A100, RTX4090, H100, B200, RTX5090 = (7, 0), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 CPU = None
@@ -60,3 +61,12 @@ def test_reasons_name_what_is_in_the_way():
     assert choose_kernel(A100, "bf16", "bias", head_size=60) == KernelChoice(
         "plain", "bias", "flash takes no mask, and for the memory-efficient kernel heads of 60 are not a multiple of 8"
     )
+
+
+def test_capped_scores_and_windows_that_no_block_has():
+    capped = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, attention_softcap=50.0)
+    choice = training_choice(capped, (9, 0), "bf16", 512)
+    assert (choice.kernel, choice.sight, choice.repeats) == ("plain", "causal", False)
+    unused = capped.with_({"attention_softcap": None, "sliding_window": 16, "window_pattern": (False,)})
+    assert training_choice(unused, None, "fp32", 512).sight == "causal"
+    assert training_choice(unused.with_({"window_pattern": (True, False)}), None, "fp32", 512).sight == "bias"

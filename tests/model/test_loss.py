@@ -36,6 +36,26 @@ def test_chunked_equals_reference(monkeypatch, rows, dtype, tolerance, z_loss, m
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_capped_logits_have_the_gradients_of_the_reference(monkeypatch, z_loss):
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 7 * 4 * 70)
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        hidden, weight, labels = example(torch.float32)
+        total, _ = function(hidden, weight, labels, z_loss, 3.0)
+        total.backward()
+        results.append((total, hidden.grad, weight.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    uncapped, _ = linear_cross_entropy(hidden, weight, labels, z_loss)
+    assert abs(uncapped - total) > 1
+    if z_loss == 0:
+        hidden, weight, labels = example(torch.float32)
+        losses = token_losses(hidden, weight, labels, cap=3.0)
+        losses.sum().backward()
+        again = (losses.sum(), hidden.grad, weight.grad)
+        torch.testing.assert_close(again, results[1], rtol=1e-5, atol=1e-5)
+
+
 def test_z_loss_draws_the_sum_of_exponentials_to_one():
     hidden, weight, labels = example(torch.float32)
     plain, count = linear_cross_entropy(hidden, weight, labels)

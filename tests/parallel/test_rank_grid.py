@@ -93,7 +93,7 @@ def test_the_grid(world, parallel, expected):
             "data.mask_documents needs whole sequences .* parallel.cp=1",
         ),
         (2, ["parallel.tp=2", "train.compile=true", "model.attention_dropout=0.1"], "train.compile makes one graph"),
-        (2, ["parallel.tp=2", "model.qk_norm=true"], "model.qk_norm is one norm over all heads.* use tp=1"),
+        (2, ["parallel.tp=2", "model.qk_norm=true"], "model.qk_norm=true is one norm over all heads.* use tp=1"),
         (2, ["optimizer.name=muon"], "optimizer.name=muon looks at whole matrices.* use adamw, lion or sgd"),
         (3, ["train.batch_size=16"], "train.batch_size=16 does not divide into .*3 data-parallel ranks"),
     ],
@@ -110,7 +110,7 @@ def test_config_check_refuses_what_the_named_devices_cannot_hold(tiny, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert "model.qk_norm is one norm over all heads" in capsys.readouterr().err
+    assert "model.qk_norm=true is one norm over all heads" in capsys.readouterr().err
 
 
 def test_heads_widths_and_vocabularies_that_do_not_divide_are_all_named(tiny):

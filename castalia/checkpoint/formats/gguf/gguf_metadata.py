@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from castalia.checkpoint.formats.gguf.names import ARCHITECTURES, HEAD, LLAMA3_FACTORS, not_computed
+from castalia.checkpoint.formats.huggingface.config_json import share_of
 from castalia.config.schema import ModelConfig, RopeScaling
 from castalia.errors import CheckpointError
 from castalia.strict_json import to_json
@@ -112,7 +113,7 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         if name == "gptneox":
             values["parallel_residual"] = given.get("use_parallel_residual", True)
         if fixed["position"] == "rotary":
-            values["rotary_pct"] = _share(given.get("rope.dimension_count", size), size)
+            values["rotary_pct"] = share_of(given.get("rope.dimension_count", size), size)
             values["rotary_base"] = _shortest(given.get("rope.freq_base", 10000.0))
             values["rope_scaling"] = _scaling(given, metadata, LLAMA3_FACTORS in shapes)
         model = ModelConfig(**values)
@@ -133,12 +134,6 @@ def _is(value: Any, kind: type) -> bool:
 def _shortest(value: float) -> float:
     """The shortest decimal number that is this fp32 value: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
-
-
-def _share(rotated: int, size: int) -> float:
-    """The share of a head's dimensions whose product with `size` is `rotated` when it is rounded down."""
-    share = rotated / size
-    return share if int(size * share) == rotated else math.nextafter(share, 1.0)
 
 
 def _scaling(given: Mapping[str, Any], metadata: Mapping[str, Any], factors: bool) -> RopeScaling | None:

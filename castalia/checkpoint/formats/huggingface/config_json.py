@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +23,13 @@ COUNTS = (
     "max_position_embeddings", "sliding_window", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "head_dim",
     "state_size", "conv_kernel", "num_local_experts", "num_experts_per_tok", "num_layers", "num_heads", "window_size",
     "ffn_dim", "word_embed_proj_dim", "rotary_dim", "n_embed", "no_rope_layer_interval",
+    "query_pre_attn_scalar",
 )  # fmt: skip
 SHARES = (
     "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct", "embd_pdrop",
     "partial_rotary_factor", "attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "expand",
     "clip_qkv", "resid_dropout", "embed_dropout", "dropout", "layerdrop", "router_jitter_noise",
+    "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 FLAGS = (
     "use_conv_bias",
@@ -40,7 +43,7 @@ FLAGS = (
     "use_qkv_bias",
     "qk_layernorm",
 )
-WORDS = ("model_type", "hidden_act", "activation_function", "dtype", "torch_dtype")
+WORDS = ("model_type", "hidden_act", "hidden_activation", "activation_function", "dtype", "torch_dtype")
 LISTS = ("layer_types", "no_rope_layers", "attention_types")
 TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
 Count = Annotated[int, Field(gt=0, lt=1 << 40)]
@@ -199,11 +202,25 @@ def _rotary_base(config: ConfigJson, key: str) -> float:
 
 
 def _rotary_share(config: ConfigJson, key: str) -> float:
+    if key == "rotary_dim":  # GPT-J's number of dimensions
+        config.require(key, *range(2, (size := config["n_embd"] // config["n_head"]) + 1, 2))
+        return share_of(config[key], size)
     share = _either(config, _rope(config), key, "rotary_pct")
     allowed = config.family.holds.get("rotary_pct")
     if allowed is not None and share not in allowed:
         raise config.refuse(f"partial_rotary_factor={share} means nothing in a {config['model_type']} model")
     return share
+
+
+def share_of(rotated: int, size: int) -> float:
+    """The share of a head's dimensions whose product with `size` is `rotated` when it is rounded down."""
+    share = rotated / size
+    return share if int(size * share) == rotated else math.nextafter(share, 1.0)
+
+
+def _attention_scale(config: ConfigJson, key: str) -> float | None:
+    """Gemma's number under the root; None where it is the head size."""
+    return None if config[key] == config["head_dim"] else config[key] ** -0.5
 
 
 def _either(config: ConfigJson, nested: Mapping[str, Any], key: str, old_key: str) -> float:
@@ -273,7 +290,8 @@ def _experts(config: ConfigJson, key: str) -> dict[str, Any]:
 READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # settings that are not simply the value of their key
     "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_dim": _head_dim,
     "same_width": _same_width, "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share,
-    "rope_scaling": _rope_scaling, "mamba": _mamba, "experts": _experts, **READ_PATTERNS,
+    "attention_scale": _attention_scale, "rope_scaling": _rope_scaling, "mamba": _mamba, "experts": _experts,
+    **READ_PATTERNS,
 }  # fmt: skip
 
 
@@ -313,7 +331,12 @@ WRITERS: dict[str, Callable[[ModelConfig, str], Any]] = {  # the other way round
     "experts": lambda model, key: written_mixtral(model)[key],
     "head_dim": lambda model, key: model.head_size,
     "sliding_window": lambda model, key: _written_window(model, key),
+    "some_window": lambda model, key: _written_window(model, key) or 4096,  # Gemma 2 needs one though no block has it
     "same_width": lambda model, key: model.hidden_size,
+    "rotary_pct": lambda model, key: model.rotary_size if key == "rotary_dim" else model.rotary_pct,
+    "attention_scale": lambda model, key: (
+        round(model.attention_scale**-2) if model.attention_scale else model.head_size
+    ),
     "rope_scaling": lambda model, key: _written_rope(model, nested=key == "rope_parameters"),
     **WRITTEN_PATTERNS,
 }

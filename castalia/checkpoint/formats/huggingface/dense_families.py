@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from castalia.checkpoint.formats.huggingface.model_type import Family, by_module
+from castalia.checkpoint.formats.huggingface.model_type import Family, by_group_of_pairs, by_module
 from castalia.checkpoint.rules import Interleave, Rule, Same, per_block
 from castalia.config.schema import ModelConfig
 
@@ -60,6 +60,10 @@ OLMO_DEFAULTS = DEFAULTS | {
 PROJECTIONS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 BEFORE = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 AFTER = {"norm1_out": "post_attention_layernorm", "norm2_out": "post_feedforward_layernorm"}
+FOUR_NORMS = {
+    "norm1": "input_layernorm", "norm1_out": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm",
+    "norm2_out": "post_feedforward_layernorm",
+}  # fmt: skip
 ATTENTION = {"attn.qkv": PROJECTIONS, "attn.out": "self_attn.o_proj"}
 HEAD_NORMS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 GATED_MLP = {"mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
@@ -68,6 +72,10 @@ OUTSIDE = {"embed": "embed_tokens", "norm": "norm"}
 MODEL_RULES = by_module("layers.{i}.", LLAMA_INSIDE | HEAD_NORMS, OUTSIDE)
 OLMO2_RULES = by_module("layers.{i}.", AFTER | ATTENTION | HEAD_NORMS | GATED_MLP, OUTSIDE)
 
+GPT_ALIASES = {
+    "num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
 MLP_MODULES = "mlp.gate_proj mlp.up_proj mlp.down_proj"
 NORM_MODULES = "input_layernorm post_attention_layernorm"
 LLAMA_MODULES = ("embed_tokens", f"{PROJECTIONS} self_attn.o_proj {MLP_MODULES} {NORM_MODULES}", "norm")
@@ -111,6 +119,30 @@ DENSE = {
         MODEL_RULES, LLAMA_MODULES, refused=("use_bidirectional_attention",),
         words={"hidden_act": {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"}},  # its first files mean tanh
         scales_embedding=True, aliases={"hidden_activation": "hidden_act"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", "model.", "lm_head.weight",
+        {key: name for key, name in SIZES.items() if key != "hidden_act"} | RMS | ROPE
+        | {
+            "hidden_activation": "activation", "head_dim": "head_dim", "attention_bias": "attention_bias",
+            "query_pre_attn_scalar": "attention_scale", "sliding_window": "some_window sliding_window",
+            "layer_types": "window_pattern", "attn_logit_softcapping": "attention_softcap",
+            "final_logit_softcapping": "logit_softcap",
+        },
+        RMS_GATED | {"zero_centered_norms": True, "norm_placement": "both"},
+        RMS_HOLDS | WINDOW_HOLDS | {
+            "zero_centered_norms": {True}, "norm_placement": {"both"}, "head_dim": None, "attention_scale": None,
+            "attention_softcap": None, "logit_softcap": None,
+        },
+        DEFAULTS | {
+            "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
+            "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+            "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        },
+        by_module("layers.{i}.", FOUR_NORMS | ATTENTION | GATED_MLP, OUTSIDE),
+        ("embed_tokens", f"{PROJECTIONS} self_attn.o_proj {MLP_MODULES} {' '.join(FOUR_NORMS.values())}", "norm"),
+        refused=("use_bidirectional_attention",), scales_embedding=True, beside=("hidden_act",),
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM", "model.", "lm_head.weight", SIZES | RMS | ROPE | {"attention_bias": "attention_bias"},
@@ -159,6 +191,74 @@ DENSE = {
         },
         _each_head, ("", "", ""), refused=("hidden_dropout",), beside=("head_dim",),
         words={"qk_layernorm": {False: False, True: "each_head"}},
+    ),
+    "phi": Family(
+        "PhiForCausalLM", "model.", "lm_head.weight",
+        SIZES | ROPE | {
+            "layer_norm_eps": "norm_eps", "embd_pdrop": "embedding_dropout", "resid_pdrop": "hidden_dropout",
+            "qk_layernorm": "qk_norm", "head_dim": "head_dim", "tie_word_embeddings": False,
+        },
+        {"norm": "layernorm", "parallel_residual": True, "shared_norm": True, "head_bias": True},
+        GPT_HOLDS | {
+            "position": {"rotary"}, "rotary_pct": None, "parallel_residual": {True}, "shared_norm": {True},
+            "num_kv_heads": None, "attention_bias": {True}, "head_bias": {True}, "qk_norm": {False, "head"},
+            "head_dim": None, "tie_embeddings": {False},
+        },
+        DEFAULTS | {
+            "vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+            "num_attention_heads": 32, "max_position_embeddings": 2048, "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+            "qk_layernorm": False,
+        },
+        by_module(
+            "layers.{i}.",
+            {
+                "norm1": "input_layernorm", "attn.qkv": PROJECTIONS, "attn.out": "self_attn.dense",
+                "attn.q_norm": "self_attn.q_layernorm", "attn.k_norm": "self_attn.k_layernorm", "mlp.up": "mlp.fc1",
+                "mlp.down": "mlp.fc2",
+            },
+            {"embed": "embed_tokens", "norm": "final_layernorm"},
+        ),
+        (
+            "embed_tokens",
+            f"{PROJECTIONS} self_attn.dense self_attn.q_layernorm self_attn.k_layernorm mlp.fc1 mlp.fc2 "
+            "input_layernorm",
+            "final_layernorm",
+        ),
+        gelu_tanh="gelu_new", words={"qk_layernorm": {False: False, True: "head"}},
+    ),
+    "gptj": Family(
+        "GPTJForCausalLM", "transformer.", "lm_head.weight",
+        {
+            "n_layer": "num_layers", "n_embd": "hidden_size", "n_head": "num_heads", "n_inner": "mlp_size",
+            "n_positions": "max_positions", "rotary_dim": "rotary_pct", "activation_function": "activation",
+            "layer_norm_epsilon": "norm_eps", "embd_pdrop": "embedding_dropout", "resid_pdrop": "hidden_dropout",
+            "attn_pdrop": "attention_dropout", "tie_word_embeddings": False,
+        },
+        {
+            "norm": "layernorm", "parallel_residual": True, "shared_norm": True, "attention_bias": False,
+            "head_bias": True,
+        },
+        GPT_HOLDS | {
+            "position": {"rotary"}, "rotary_pct": None, "rotary_base": {10000.0}, "rope_scaling": {None},
+            "parallel_residual": {True}, "shared_norm": {True}, "attention_bias": {False}, "head_bias": {True},
+            "tie_embeddings": {False},
+        },
+        {
+            "vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64,
+            "n_inner": None, "activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
+        },
+        by_module(
+            "h.{i}.",
+            {
+                "norm1": "ln_1", "attn.qkv": "attn.q_proj attn.k_proj attn.v_proj", "attn.out": "attn.out_proj",
+                "mlp.up": "mlp.fc_in", "mlp.down": "mlp.fc_out",
+            },
+            {"embed": "wte", "norm": "ln_f"}, by_group_of_pairs,
+        ),
+        ("wte", "ln_1 attn.k_proj attn.v_proj attn.q_proj attn.out_proj mlp.fc_in mlp.fc_out", "ln_f"),
+        gelu_tanh="gelu_new", aliases=GPT_ALIASES, beside=("rotary", "scale_attn_weights", "n_ctx"),
     ),
     "gpt_neo": Family(
         "GPTNeoForCausalLM", "transformer.", "lm_head.weight",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from castalia.checkpoint.formats.huggingface.dense_families import DENSE
+from castalia.checkpoint.formats.huggingface.dense_families import DENSE, GPT_ALIASES
 from castalia.checkpoint.formats.huggingface.mixtures import lacking_of_mixtral, mixtral_rules
 from castalia.checkpoint.formats.huggingface.model_type import ACTIVATIONS, SCORE, Family, by_group
 from castalia.checkpoint.mamba_tensors import mamba_rules
@@ -104,10 +104,6 @@ GPT2_KEYS: dict[str, str | bool] = {
     "activation_function": "activation", "layer_norm_epsilon": "norm_eps", "embd_pdrop": "embedding_dropout",
     "resid_pdrop": "hidden_dropout", "attn_pdrop": "attention_dropout", "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
-}  # fmt: skip
-GPT_ALIASES = {
-    "num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
 }  # fmt: skip
 LLAMA_KEYS = _KEYS | {
     "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "rms_norm_eps": "norm_eps", "mlp_bias": "mlp_bias",
@@ -240,7 +236,8 @@ def table(family: Family, model: ModelConfig) -> list[Rule]:
     """All rules of a model. Names of the format are without the family's prefix."""
     if model.reward_head:
         return [*family.rules(model), Rule("reward.weight", SCORE)]
-    return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head)])
+    bias = [Rule("head.bias", family.head.removesuffix("weight") + "bias")] if model.head_bias else []
+    return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head), *bias])
 
 
 def family_of(model: ModelConfig, path: str) -> str:
@@ -263,6 +260,8 @@ def _lacking(model: ModelConfig, kind: str) -> list[str]:
         return lacking(plain, FAMILIES[kind].holds) + lacking_of_mixtral(model.experts)
     scale = {"embedding_multiplier": {model.hidden_size**0.5}} if FAMILIES[kind].scales_embedding else {}
     result = lacking(model, {**FAMILIES[kind].holds, **scale})
+    if kind == "gemma2" and (own := model.attention_scale) and round(own**-2) ** -0.5 != own:
+        result.append(f"model.attention_scale={own} (only one over the root of a whole number)")
     if kind == "mamba":
         if model.mamba_sizes.linear_bias:
             result.append("model.mamba.linear_bias=True (only False)")

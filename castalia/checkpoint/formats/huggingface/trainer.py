@@ -80,8 +80,9 @@ def groups(family: Family, model: ModelConfig) -> tuple[list[str], list[str]]:
 
 def full_name(family: Family, name: str) -> str:
     """A parameter's name in the class of transformers 5."""
-    if name == family.head:
-        return f"{family.head_modules[0]}.weight"
+    module, _, kind = name.rpartition(".")
+    if module == family.head.removesuffix(".weight"):
+        return f"{family.head_modules[0]}.{kind}"
     return name if name == SCORE else family.prefix + name
 
 

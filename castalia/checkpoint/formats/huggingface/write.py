@@ -76,7 +76,7 @@ def _longest(checkpoint: Checkpoint, model: ModelConfig) -> int:
 
 def _named(ours: Mapping[str, TensorRef], family: Family, model: ModelConfig, role: Role) -> dict[str, TensorRef]:
     tensors = to_theirs(table(family, model), ours, role)
-    heads = (family.head, SCORE)
+    heads = (family.head, family.head.removesuffix("weight") + "bias", SCORE)
     return {name if name in heads else family.prefix + name: refs[0] for name, refs in tensors.items()}
 
 
