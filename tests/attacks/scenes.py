@@ -13,6 +13,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,10 @@ def attacks(operations: Sequence[tuple[str, str]]) -> Iterator[tuple[str, int]]:
     yield "power", len(operations) + 1  # when all is done
 
 
-def faults(operations: Sequence[tuple[str, str]]) -> Iterator[tuple[str, int]]:
-    """Of the disk, before whatever operation."""
+def faults(operations: Sequence[tuple[str, str]], in_turn: bool = False) -> Iterator[tuple[str, int]]:
+    """Of the disk, before whatever operation: each error at each place, or `in_turn` one error a place."""
+    if in_turn:
+        return zip(cycle(ERRORS), places(operations), strict=False)
     return ((how, number) for number in places(operations) for how in ERRORS)
 
 

@@ -1,10 +1,12 @@
-"""Real clients: openai, lm-eval, curl."""
+"""Real clients: openai, llm, lm-eval, curl."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +62,25 @@ def test_openai_errors(client: openai.OpenAI) -> None:
     assert refused.value.param == "min_p" and "min_p" in refused.value.message
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt-5", prompt="a")
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_llm_writes_what_openai_gets(served: Served, client: openai.OpenAI, tmp_path: Path, streams: bool) -> None:
+    entries = [
+        {"model_id": "words", "model_name": "neox", "api_base": f"{served.url}/v1", "completion": True},
+        {"model_id": "talk", "model_name": "llama", "api_base": f"{served.url}/v1"},
+    ]
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(entries))  # JSON is YAML
+    options = ["-o", "max_tokens", "9", "-o", "seed", "3", "-o", "temperature", "1"]
+    settings = {"max_tokens": 9, "seed": 3, "temperature": 1}
+    written = client.completions.create(model="neox", prompt="In the", **settings).choices[0].text
+    asked = [{"role": "user", "content": "who?"}]
+    said = client.chat.completions.create(model="llama", messages=asked, **settings).choices[0].message.content
+    for model, prompt, expected in (("words", "In the", written), ("talk", "who?", said)):
+        command = ["-m", "llm", "-m", model, prompt, *options, "--no-log", *([] if streams else ["--no-stream"])]
+        environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+        found = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
+        assert (found.returncode, found.stdout.rstrip("\n")) == (0, expected.rstrip("\n")), found.stderr
 
 
 def test_curl(served: Served) -> None:
