@@ -32,11 +32,16 @@ class TensorSplit(NamedTuple):
 def tensor_splits(model: ModelConfig) -> list[TensorSplit]:
     """Everything but the vocabulary that `parallel.tp` must divide."""
     # Without num_kv_heads there are as many key/value heads as query heads, and one of the two is enough.
-    splits = [TensorSplit("model.num_heads", "heads", model.num_heads)] if model.attention_layers else []
+    has_heads = model.attention_layers or "rwkv" in model.layer_kinds
+    splits = [TensorSplit("model.num_heads", "heads", model.num_heads)] if has_heads else []
     if model.num_kv_heads and model.attention_layers:
         splits.append(TensorSplit("model.num_kv_heads", "key/value heads", model.num_kv_heads))
     if "dense" in model.layer_kinds:
         splits.append(TensorSplit("model.mlp_size", "columns of the MLP", model.mlp_width))
+    if "mamba" in model.layer_kinds:
+        splits.append(TensorSplit("model.mamba.width", "channels", model.mamba_width))
+    if "rwkv" in model.layer_kinds:
+        splits.append(TensorSplit("model.rwkv.width", "columns of the channel mix", model.rwkv_width))
     if model.experts:
         splits.append(TensorSplit("model.experts.count", "experts", model.experts.count))
         if shared := model.experts.shared_width:
@@ -51,8 +56,8 @@ def indivisible_splits(model: ModelConfig, tp: int) -> Iterator[TensorSplit]:
 
 def tensor_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
     """What of the model, the vocabulary included where it is known, `tp` ranks cannot share evenly."""
-    if tp > 1 and model.other_kinds:
-        text = f"parallel.tp={tp} cannot split {' and '.join(model.other_kinds)} blocks (model.pattern); use 1"
+    if tp > 1 and (gated := [kind for kind in model.other_kinds if kind in ("gmlp", "amlp")]):
+        text = f"parallel.tp={tp} cannot split {' and '.join(gated)} blocks (model.pattern); use 1"
         yield Problem(text, ("parallel.tp", "model.pattern"))
     if tp > 1 and model.attention_layers and model.qk_norm not in (False, "head"):
         why = "has a weight for each head" if model.qk_norm == "each_head" else "is one norm over all heads"

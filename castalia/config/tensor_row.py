@@ -62,9 +62,9 @@ def norm_rows(module: str, needs: str = "", weight: str = "norm", bias: str = "h
     ]
 
 
-def layer_norm_rows(module: str, needs: str, weight_decays: bool = False) -> list[TensorRow]:
+def layer_norm_rows(module: str, needs: str, weight_decays: bool = False, tp_dim: int | None = None) -> list[TensorRow]:
     """A norm that is LayerNorm whatever `model.norm` says."""
     return [
-        TensorRow(f"{module}.weight", "hidden", needs, "norms", "ones", decays=weight_decays),
-        TensorRow(f"{module}.bias", "hidden", needs, "biases", "zeros", decays=False),
+        TensorRow(f"{module}.weight", "hidden", needs, "norms", "ones", tp_dim, weight_decays),
+        TensorRow(f"{module}.bias", "hidden", needs, "biases", "zeros", tp_dim, False),
     ]

@@ -26,6 +26,7 @@ class MambaMixer(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         sizes, h, d, self.rank = cfg.mamba_sizes, cfg.hidden_size, cfg.mamba_width, cfg.mamba_rank
+        self.width = d  # on this rank
         self.in_x, self.in_z = Linear(h, d, sizes.linear_bias), Linear(h, d, sizes.linear_bias)
         self.conv = Convolution(d, sizes.taps, sizes.conv_bias)
         self.x_proj = Linear(d, self.rank + 2 * sizes.states, sizes.linear_bias)
@@ -51,9 +52,9 @@ class MambaMixer(nn.Module):
     def new_state(self, rows: int, capacity: int, x: Tensor) -> list[Tensor]:
         """What the next tokens need of those before them: the convolution's last inputs [rows, k - 1, d], and the
         scan's state [rows, d, n] in fp32. It has one size, whatever the capacity."""
-        width, states = self.scan.a_log.shape
-        last = x.new_zeros(rows, self.conv.taps - 1, width)
-        return [last, torch.zeros(rows, width, states, dtype=torch.float32, device=x.device)]
+        last = x.new_zeros(rows, self.conv.taps - 1, self.width)
+        states = self.scan.a_log.shape[1]
+        return [last, torch.zeros(rows, self.width, states, dtype=torch.float32, device=x.device)]
 
     def advance(self, x: Tensor, state: list[Tensor]) -> Tensor:
         """The next tokens [rows, t, h] of each row -> the same shape. `state` takes them in, in place."""

@@ -38,8 +38,9 @@ class TimeMix(nn.Module):
         self.decay_down = nn.Parameter(torch.empty(h, sizes.decay_rank))
         self.decay_up = nn.Parameter(torch.empty(sizes.decay_rank, h))
         self.receptance, self.key, self.value, self.gate, self.out = (Linear(h, h, bias=False) for _ in range(5))
+        self.heads = cfg.num_heads  # on this rank
         self.scan = DecayScan(cfg.num_heads, cfg.head_size)
-        self.norm = HeadNorm(cfg.num_heads, h)
+        self.norm = HeadNorm(cfg.head_size, h)
 
     def forward(self, x: Tensor, before: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens [b, t, h] after the one `before` them [b, h] and the state [b, n, m, m] (None: the beginning) -> the
@@ -59,14 +60,15 @@ class TimeMix(nn.Module):
 class HeadNorm(nn.Module):
     """LayerNorm of each head's output by itself, with a weight and a bias for each channel."""
 
-    def __init__(self, heads: int, width: int) -> None:
+    def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.size = size  # of a head
         self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, t, h] in fp32 -> the same."""
-        return F.group_norm(x.flatten(0, 1), self.heads, self.weight.float(), self.bias.float(), HEAD_EPS).view_as(x)
+        heads = x.shape[-1] // self.size
+        return F.group_norm(x.flatten(0, 1), heads, self.weight.float(), self.bias.float(), HEAD_EPS).view_as(x)
 
 
 class DecayScan(nn.Module):
@@ -211,7 +213,7 @@ class RWKVMixer(nn.Module):
     def new_state(self, rows: int, capacity: int, x: Tensor) -> list[Tensor]:
         """What the next tokens need of those before them: the last outputs of both norms [rows, h], and the time mix's
         state [rows, n, m, m] in fp32. It has one size, whatever the capacity."""
-        heads, size = self.time.scan.bonus.shape
+        heads, size = self.time.heads, self.time.norm.size
         state = torch.zeros(rows, heads, size, size, dtype=torch.float32, device=x.device)
         return [x.new_zeros(rows, x.shape[-1]), x.new_zeros(rows, x.shape[-1]), state]
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from castalia.model.experts import ExpertMLP, Experts
 from castalia.model.transformer import Transformer
-from castalia.parallel.shards import local
+from castalia.parallel.shards import leaving, local
 
 
 class SplitExperts(ParallelStyle):
@@ -43,11 +43,7 @@ class SplitExperts(ParallelStyle):
         rows = whole.to_local(grad_placements=[Partial()])
         router = DTensor.from_local(local(module.router.weight), mesh, [Replicate()], run_check=False)
         out = module.mixed(rows, router.to_local(grad_placements=[Partial()]))
-        out = (
-            DTensor.from_local(out, mesh, [Partial()], run_check=False)
-            .redistribute(placements=[self.inside])
-            .to_local()
-        )
+        out = leaving(out, mesh, self.inside)
         return out if module.shared is None else out + module.gated(module.shared(whole), x)
 
 

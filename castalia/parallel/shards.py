@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from castalia.parallel.executor import RankPart, leading_part
@@ -51,6 +51,18 @@ def with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     if not isinstance(tensor, DTensor):
         return change(tensor)
     return from_local(change(tensor.to_local()), tensor.device_mesh, tensor.placements)
+
+
+def whole_input(x: Tensor, mesh: DeviceMesh, inside: Placement) -> Tensor:
+    """Activations that are placed as `inside`, whole on every rank. Each computes a part of what follows, so that
+    their gradients are summed."""
+    placed = DTensor.from_local(x, mesh, [inside], run_check=False)
+    return placed.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def leaving(part: Tensor, mesh: DeviceMesh, inside: Placement) -> Tensor:
+    """The sum of what all ranks give, placed as `inside`."""
+    return DTensor.from_local(part, mesh, [Partial()], run_check=False).redistribute(placements=[inside]).to_local()
 
 
 def num_copies(tensor: Tensor) -> int:

@@ -27,8 +27,12 @@ from castalia.errors import ConfigError
 from castalia.model.experts import ExpertMLP
 from castalia.model.layers import Linear
 from castalia.model.loss import IGNORE, capped, gain, product, scaled_gradients, slope_of, token_losses
+from castalia.model.mamba import MambaBlock
+from castalia.model.rwkv import RWKVBlock
 from castalia.model.transformer import Block, Transformer
 from castalia.parallel.expert_parallel import SplitExperts
+from castalia.parallel.shards import with_local
+from castalia.parallel.split_mixers import split_mamba, split_rwkv
 
 
 class Replicated(ParallelStyle):
@@ -50,9 +54,9 @@ class Replicated(ParallelStyle):
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Splits embedding and head by vocabulary, attention by heads, MLP by width (Megatron-LM's scheme, 1909.08053).
 
-    Experts are split by their number; everything else is replicated. With `sequence_parallel` (2205.05198) activations
-    between the matrices of a block are split along the sequence: the first block scatters them, the last one gathers
-    them.
+    Experts are split by their number, Mamba by channels, RWKV by heads and width; everything else is replicated. With
+    `sequence_parallel` (2205.05198) activations between the matrices of a block are split along the sequence: the first
+    block scatters them, the last one gathers them.
     Raises ConfigError for a parameter of which nothing here says how it is split.
     """
     inside = Shard(1) if sequence_parallel else Replicate()  # of activations [b, t, h] outside of attention and MLP
@@ -74,6 +78,16 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         "mlp.down": RowwiseParallel(output_layouts=inside),
     }
     for block in model.blocks.values():
+        if isinstance(block, MambaBlock):
+            parallelize_module(block, mesh, {"norm1": Replicated(inside)})
+            split_mamba(block, mesh, inside)
+            continue
+        if isinstance(block, RWKVBlock):
+            # Over the batch, the mixer takes [t, b, h].
+            mixed = Shard(0) if sequence_parallel and block.over == "batch" else inside
+            parallelize_module(block, mesh, {"rwkv.norm1": Replicated(mixed), "rwkv.norm2": Replicated(mixed)})
+            split_rwkv(block, mesh, mixed)
+            continue
         assert isinstance(block, Block)
         # Families differ: there may be no gate, and one norm instead of two.
         present = {name: style for name, style in block_plan.items() if _find(block, name) is not None}
@@ -101,10 +115,11 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         blocks[-1].register_forward_hook(partial(_gather_sequence, mesh))
     # Tensor ranks hold other heads, and in sequence parallelism other tokens: they must drop other elements.
     for block in model.blocks.values():
-        if sequence_parallel and model.cfg.hidden_dropout:
+        both = model.cfg.attention_dropout if isinstance(block, RWKVBlock) else 0  # act on the stream there
+        if sequence_parallel and (model.cfg.hidden_dropout or both):
             use_rank_local_rng(block, mesh.get_local_rank())
-        elif model.cfg.attention_dropout:
-            use_rank_local_rng(block.attn, mesh.get_local_rank())  # type: ignore[arg-type]
+        elif model.cfg.attention_dropout and isinstance(block, Block):
+            use_rank_local_rng(block.attn, mesh.get_local_rank())
     model.loss = partial(vocabulary_parallel_cross_entropy, mesh=mesh)
     model.token_losses = partial(vocabulary_parallel_token_losses, mesh=mesh)
 
@@ -263,19 +278,20 @@ def shard_adapters(model: nn.Module, mesh: DeviceMesh) -> None:
             shard = distribute_tensor(getattr(module, name), mesh, [placement])
             module.register_parameter(name, nn.Parameter(shard))
             if module.lora_dropout:
-                module.dropped = partial(_dropped, module)  # type: ignore[method-assign]
+                rank = mesh.get_local_rank() if placement.is_shard(1) else None
+                module.dropped = partial(_dropped, module, rank)  # type: ignore[method-assign]
 
 
-def _dropped(module: Linear, x: DTensor) -> DTensor:
-    """`Linear.dropped` on this rank's part of the input. Ranks with different parts drop different elements.
+def _dropped(module: Linear, rank: int | None, x: Tensor) -> Tensor:
+    """`Linear.dropped` on this rank's part of the input; without a `rank` all have the whole of it.
+
+    Ranks with different parts drop different elements.
 
     This avoids torch's dropout of DTensors, whose first call on GPUs broadcasts the generator's state over all ranks of
     the run. In the middle of a pipeline stage that is a deadlock, because other stages wait for this one.
     """
-    mesh, (placement,) = x.device_mesh, x.placements
-    with _rank_local_rng(mesh.get_local_rank()) if placement.is_shard() and module.training else nullcontext():
-        part = F.dropout(x.to_local(), module.lora_dropout, module.training)
-    return DTensor.from_local(part, mesh, [placement], run_check=False)
+    with _rank_local_rng(rank) if rank is not None and module.training else nullcontext():
+        return with_local(x, lambda part: F.dropout(part, module.lora_dropout, module.training))
 
 
 def replicate_other_parameters(model: nn.Module, mesh: DeviceMesh) -> None:

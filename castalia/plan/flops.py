@@ -89,12 +89,13 @@ def kv_cache_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
     return (2 * model.attention_layers * model.kv_heads * model.head_size + kept) * element_bytes
 
 
-def state_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
-    """Bytes that generation keeps of each text, however long it is."""
+def state_bytes(model: ModelConfig, element_bytes: int = 2, tp: int = 1) -> int:
+    """Bytes that generation keeps of each text on one of `tp` tensor ranks, however long the text is."""
     kinds = model.layer_kinds
     gated = kinds.count("gmlp") + kinds.count("amlp")
-    sizes, width = model.mamba_sizes, model.mamba_width
+    sizes, width = model.mamba_sizes, model.mamba_width // tp
     mamba = width * ((sizes.taps - 1) * element_bytes + 4 * sizes.states)  # the last inputs, and fp32 states
-    rwkv = 2 * model.hidden_size * element_bytes + 4 * model.hidden_size * model.head_size  # the last outputs of norms
+    # The last outputs of norms, and the state of each head.
+    rwkv = 2 * model.hidden_size * element_bytes + 4 * model.hidden_size * model.head_size // tp
     # The number of a text's tokens is kept by the first of these kinds.
     return 8 * gated + kinds.count("mamba") * mamba + kinds.count("rwkv") * rwkv

@@ -191,14 +191,16 @@ def _gated_block(
 def _mamba_block(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
     """`activations` of a Mamba block: the convolution's input and, in fp32, its sum; what comes of that; the gate
     before and after its function; the scan's output and the product; steps and x in fp32; the states between chunks."""
-    size, wide = compute.element_bytes, tokens * model.mamba_width
+    size, wide = compute.element_bytes, tokens * model.mamba_width // layout.tp
     selection = tokens * (model.mamba_rank + 2 * model.mamba_sizes.states)
     inner = 6 * wide * size + 2 * 4 * wide + selection * size
     inner += (4 * wide + 8 * tokens * model.mamba_sizes.states) * compute.casts  # of fp32 nothing is cast
-    values = tokens // length * model.mamba_width * model.mamba_sizes.states  # of one state of all sequences
+    # Of one state of all sequences.
+    values = tokens // length * model.mamba_width // layout.tp * model.mamba_sizes.states
     chunk = max(1, CHUNK_VALUES[compute.device] // max(1, values))
     inner += 4 * values * -(-length // chunk)
-    stream = tokens * model.hidden_size * size
+    stream = tokens * model.hidden_size * size // (layout.tp if layout.sequence_parallel else 1)
+    inner += tokens * model.hidden_size * size - stream  # gathered before the mixer
     whole = _norm_inputs(model, 1, stream // size, compute) + stream + inner
     if layout.recompute == "none":
         return Activations(whole, whole, 0)
@@ -214,12 +216,13 @@ def _rwkv_block(model: ModelConfig, layout: Layout, tokens: int, length: int, co
     scan's output; the states between chunks. In the channel mix as much of it as there is."""
     size, sizes, stream, h = compute.element_bytes, model.rwkv_sizes, tokens * model.hidden_size, model.hidden_size
     low = tokens * (2 * 5 * sizes.mix_rank + sizes.decay_rank)
-    products = 6 * stream + tokens * (5 * sizes.mix_rank + sizes.decay_rank)  # of matrices, in the time mix
-    inner = (3 + 10 + 4) * stream * size + 3 * 4 * stream + 4 * 4 * stream + low * size
+    heads = stream // layout.tp  # of values that belong to heads
+    products = 6 * heads + tokens * (5 * sizes.mix_rank + sizes.decay_rank)  # of matrices, in the time mix
+    inner = (3 + 10) * stream * size + 4 * heads * size + 3 * 4 * heads + 4 * 4 * heads + low * size
     rows = tokens // length
-    chunk = scan_chunk(compute.device, rows * h)
-    inner += 4 * rows * h * model.head_size * -(-length // chunk)
-    whole = inner + _channel_values(model, tokens) * size
+    chunk = scan_chunk(compute.device, rows * h // layout.tp)
+    inner += 4 * rows * h // layout.tp * model.head_size * -(-length // chunk)
+    whole = inner + _channel_values(model, tokens, layout.tp) * size
     reads = _inputs_kept(model, compute.finetune)
     if "rwkv.time" not in reads:  # inputs of the low ranks, for whose values alone they are kept
         whole -= (2 * stream + tokens * 5 * sizes.mix_rank) * size
@@ -227,16 +230,16 @@ def _rwkv_block(model: ModelConfig, layout: Layout, tokens: int, length: int, co
         whole -= stream * size
     if layout.recompute == "none":
         return Activations(whole, whole, 0)
-    kept = stream * size
+    kept = stream * size // (layout.tp if layout.sequence_parallel else 1)
     if layout.recompute == "selective":
-        kept += (products + 5 * stream + 3 * stream + tokens * model.rwkv_width) * size
+        kept += (products + 5 * stream + 3 * heads + tokens * model.rwkv_width // layout.tp) * size
     return Activations(whole, kept, whole - kept)
 
 
-def _channel_values(model: ModelConfig, tokens: int) -> int:
+def _channel_values(model: ModelConfig, tokens: int, tp: int) -> int:
     """Values that the channel mix of an RWKV block keeps: its input, the change from the token before, what it makes of
     both, the receptance and the output; the keys before and after the square."""
-    return tokens * (6 * model.hidden_size + 2 * model.rwkv_width)
+    return tokens * (4 * model.hidden_size + (2 * model.hidden_size + 2 * model.rwkv_width) // tp)
 
 
 def _attention_blocks(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
@@ -595,16 +598,18 @@ class Rank:
         scaled = inner if self.compute.finetune.lora and "mlp.up" in reads else 0
         mlp = still_needed * inner + scaled + 2 * self.stream
         if "mamba" in self.model.other_kinds:  # decays, states, their gradients and a product of those, for a chunk
-            values = self.tokens * self.model.mamba_width * self.model.mamba_sizes.states
-            mlp += 4 * 4 * min(values, CHUNK_VALUES[self.compute.device])
-            mlp += 4 * (3 + self.compute.casts) * self.tokens * self.model.mamba_width  # gradients of y, x and steps
+            wide = self.tokens * self.model.mamba_width // self.layout.tp
+            mlp += 4 * 4 * min(wide * self.model.mamba_sizes.states, CHUNK_VALUES[self.compute.device])
+            mlp += 4 * (3 + self.compute.casts) * wide  # gradients of y, x and steps
         if "rwkv" in self.model.other_kinds:  # what each token of a group has of each, for a chunk, and gradients
-            chunk = scan_chunk(self.compute.device, self.tokens // self.length * self.model.hidden_size)
-            groups = min(chunk, self.length) * self.tokens // self.length * self.model.hidden_size
+            heads = self.model.hidden_size // self.layout.tp  # what belongs to heads of this rank
+            chunk = scan_chunk(self.compute.device, self.tokens // self.length * heads)
+            groups = min(chunk, self.length) * self.tokens // self.length * heads
             scan = SCAN_COPIES * 4 * groups * SCAN_TOKENS
-            scan += 4 * 5 * self.tokens * self.model.hidden_size  # of r, k, v, decays and the output
+            scan += 4 * 5 * self.tokens * heads  # of r, k, v, decays and the output
             # What the channel mix kept is free by then.
-            mlp += max(0, scan - _channel_values(self.model, self.tokens) * self.compute.element_bytes)
+            kept = _channel_values(self.model, self.tokens, self.layout.tp)
+            mlp += max(0, scan - kept * self.compute.element_bytes)
         return max(mlp, 4 * self.attending.scores + 2 * self.stream)  # the two exist one after the other
 
     @property

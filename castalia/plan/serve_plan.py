@@ -69,7 +69,7 @@ def serving_plan(
     part = model.num_layers if model.other_kinds else layers
     kv_each = kv_cache_bytes(model, element_bytes) * part // model.num_layers // layout.tp
     length = model.max_positions or UNKNOWN_LENGTH
-    state_each = state_bytes(model, element_bytes)
+    state_each = state_bytes(model, element_bytes, layout.tp)
     least = (length * kv_each + state_each) * PREFIX_SHARE // (PREFIX_SHARE - 1) + PREFIX_SHARE
     left = memory - PROGRAM_BYTES - weights - working
     if left < least:

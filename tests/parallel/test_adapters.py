@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.config.schema import ModelConfig
+from castalia.config.schema import MambaConfig, ModelConfig
 from castalia.errors import ConfigError
 from castalia.train.loop import train
 from tests.checkpoint.made import made, written
@@ -23,9 +23,12 @@ MODELS = {
     "llama": ModelConfig(
         **SIZES, num_kv_heads=2, norm="rmsnorm", gated_mlp=True, activation="silu", attention_bias=False, mlp_bias=False
     ),
+    "mamba": ModelConfig(**SIZES, pattern=("mamba", "attention"), norm="rmsnorm", mamba=MambaConfig(linear_bias=True)),
+    "rwkv": ModelConfig(**SIZES, pattern=("rwkv",)),
     "tied": ModelConfig(**SIZES, position="learned", tie_embeddings=True, max_positions=16),
 }
 LORA = ["finetune.lora.rank=3", "optimizer.lr=0.02"]
+STEADY = [*LORA, "optimizer.eps=1e-6"]  # gradients of next to nothing would become whole steps of Adam
 WITH_HEAD = [*LORA, 'finetune.lora.targets=["attn.qkv", "attn.out", "mlp.down", "head"]']
 HEAD = ['finetune.train=["^head"]']
 LAST = ['finetune.train=["^blocks.3"]', "optimizer.clip_norm=0.01"]
@@ -55,6 +58,8 @@ def tuned(tmp_path_factory, corpus):
     [
         ("neox", LORA, ["parallel.tp=2"]),
         pytest.param("llama", WITH_HEAD, ["parallel.tp=2", "parallel.sequence_parallel=true"], marks=SLOW),
+        ("mamba", LORA, ["parallel.tp=2"]),
+        pytest.param("rwkv", STEADY, ["parallel.tp=2", "parallel.sequence_parallel=true"], marks=SLOW),
         ("neox", WITH_HEAD, ["parallel.zero=3"]),
         ("llama", LORA, ["parallel.pp=2"]),
         pytest.param(
@@ -119,12 +124,17 @@ def train_and_note(config):
         return train_steps(config, 2), {kind.__name__ for kind in drawn.inputs}
 
 
-def test_dropout_of_adapters_takes_place_on_each_rank_alone(pool, tuned):
+@pytest.mark.parametrize("model", ["neox", "rwkv"])
+def test_dropout_of_adapters_takes_place_on_each_rank_alone(pool, tuned, model):
     words = [*LORA, "finetune.lora.dropout=0.5", "parallel.tp=2"]
-    ranks = pool.run(train_and_note, 2, tuned("neox", *words))
+    ranks = pool.run(train_and_note, 2, tuned(model, *words))
     assert [kinds for _, kinds in ranks] == [{"Tensor"}] * 2
     assert_copies_are_equal([seen for seen, _ in ranks])
     assert ranks[0][0].losses == ranks[1][0].losses
+
+
+def test_compiled_blocks_have_no_dropout_of_split_adapters(pool, tuned):
+    words = [*LORA, "finetune.lora.dropout=0.5", "parallel.tp=2"]
     with pytest.raises(ConfigError, match="tensor ranks cannot draw their own dropout"):
         pool.run(train_steps, 2, tuned("neox", *words, "train.compile=true"))
 

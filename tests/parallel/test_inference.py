@@ -17,7 +17,7 @@ from castalia.train.evaluation import EvaluationOptions, evaluate_checkpoint, lo
 
 pytestmark = pytest.mark.xdist_group("pool")
 PROMPTS = ["a first prompt", "x", "a longer prompt than the others"]
-FAMILIES = ("neox-parallel", "gpt2-tied", "llama")
+FAMILIES = ("neox-parallel", "gpt2-tied", "llama", "mamba", "rwkv")
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "num_samples": 2}
 
 
@@ -56,7 +56,7 @@ def test_split_models_write_the_same_texts_on_every_rank(pool, runs, family, sam
 
 @pytest.mark.parametrize(("world", "tp", "pp"), [(3, 1, 1), (2, 2, 1), (4, 1, 2), (8, 2, 2)])
 def test_evaluation_gives_the_same_loss_on_every_rank(pool, runs, corpus, world, tp, pp):
-    for family, stride in (("neox-parallel", None), ("gpt2-tied", 5)):
+    for family, stride in (("neox-parallel", None), ("gpt2-tied", 5), ("mamba", None), ("rwkv", 5)):
         (alone,) = pool.run(loss, 1, runs[family], 1, 1, stride, str(corpus / "text"))
         for found in pool.run(loss, world, runs[family], tp, pp, stride, str(corpus / "text")):
             assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6) and found["tokens"] == alone["tokens"]

@@ -20,7 +20,7 @@ from castalia.train.evaluation import EvaluationOptions, evaluate_checkpoint
 
 pytestmark = pytest.mark.xdist_group("pool")
 PROMPTS = ["a first prompt", "x", "a longer prompt than the others"]
-FAMILIES = ("neox-parallel", "gpt2-tied", "llama")
+FAMILIES = ("neox-parallel", "gpt2-tied", "llama", "mamba", "rwkv")
 MANY = [pytest.mark.slow, pytest.mark.grid]
 EACH = [FAMILIES[0], *(pytest.param(family, marks=MANY) for family in FAMILIES[1:])]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "num_samples": 2}

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from castalia.config.schema import MambaConfig
 from castalia.config.tensor_table import tp_dim
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
@@ -29,6 +30,8 @@ VARIANTS = {
     "learned positions, tied": FAMILIES["gpt2"],
     "scale norm, parallel residual": FAMILIES["gpt_neox"].model_copy(update={"norm": "scalenorm"}),
     "reward model": FAMILIES["llama"].model_copy(update={"reward_head": True}),
+    "mamba": FAMILIES["llama"].with_({"pattern": ("mamba", "attention"), "mamba": MambaConfig(linear_bias=True)}),
+    "rwkv": FAMILIES["llama"].with_({"pattern": ("rwkv",), "head_dim": None}),
 }
 
 
