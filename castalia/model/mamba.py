@@ -130,8 +130,8 @@ class Scan(torch.autograd.Function):
             ys.append(states @ outputs[:, part].transpose(0, 1)[..., None])  # [c, b, d, 1]
             state = states[-1].clone()
             del states  # before the next chunk makes its own
-        ctx.size, ctx.firsts = size, firsts
-        ctx.save_for_backward(step, x, a, inputs, outputs)
+        ctx.size = size
+        ctx.save_for_backward(step, x, a, inputs, outputs, *firsts)
         ctx.mark_non_differentiable(state)
         return torch.cat(ys)[..., 0].transpose(0, 1), state
 
@@ -139,13 +139,13 @@ class Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of all inputs but the first state."""
-        step, x, a, inputs, outputs = ctx.saved_tensors
+        step, x, a, inputs, outputs, *firsts = ctx.saved_tensors
         d_step, d_x, d_a = torch.empty_like(step), torch.empty_like(x), torch.zeros_like(a)
         d_inputs, d_outputs = torch.empty_like(inputs), torch.empty_like(outputs)
-        from_later = torch.zeros_like(ctx.firsts[0])  # what later chunks say of the gradient of the last state
-        for number in reversed(range(len(ctx.firsts))):
+        from_later = torch.zeros_like(firsts[0])  # what later chunks say of the gradient of the last state
+        for number in reversed(range(len(firsts))):
             part = slice(number * ctx.size, (number + 1) * ctx.size)
-            first, raw = ctx.firsts[number], step[:, part].transpose(0, 1)
+            first, raw = firsts[number], step[:, part].transpose(0, 1)
             xs, bs, cs, gradient = (v[:, part].transpose(0, 1) for v in (x, inputs, outputs, d_y))
             dt = softplus(raw)
             decay, states = chunk_states(dt, xs, a, bs, first)

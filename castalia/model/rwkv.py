@@ -112,8 +112,8 @@ class MatrixScan(torch.autograd.Function):
             part = slice(begin, begin + size)
             out, state = chunk(r[:, part], k[:, part], v[:, part], logs[:, part], bonus, state)
             outs.append(out)
-        ctx.size, ctx.firsts = size, firsts
-        ctx.save_for_backward(r, k, v, logs, bonus)
+        ctx.size = size
+        ctx.save_for_backward(r, k, v, logs, bonus, *firsts)
         ctx.mark_non_differentiable(state)
         return torch.cat(outs, dim=1), state
 
@@ -121,12 +121,12 @@ class MatrixScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of all inputs but the first state."""
-        r, k, v, logs, bonus = ctx.saved_tensors
+        r, k, v, logs, bonus, *firsts = ctx.saved_tensors
         gradients = [torch.empty_like(part) for part in (r, k, v, logs)]
-        d_bonus, d_state = torch.zeros_like(bonus), torch.zeros_like(ctx.firsts[0])
-        for number in reversed(range(len(ctx.firsts))):
+        d_bonus, d_state = torch.zeros_like(bonus), torch.zeros_like(firsts[0])
+        for number in reversed(range(len(firsts))):
             part = slice(number * ctx.size, (number + 1) * ctx.size)
-            inputs = [*(x[:, part] for x in (r, k, v, logs)), bonus, ctx.firsts[number]]
+            inputs = [*(x[:, part] for x in (r, k, v, logs)), bonus, firsts[number]]
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in inputs]
                 outputs = chunk(*inputs)

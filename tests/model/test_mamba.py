@@ -84,8 +84,9 @@ def test_the_scan_keeps_no_states_of_single_tokens(monkeypatch):
         leaves = [torch.randn(1, 64, 8), torch.randn(1, 64, 8), -torch.rand(8, 4), torch.randn(1, 64, 4)]
         leaves = [leaf.requires_grad_() for leaf in leaves]
         y, _ = Scan.apply(*leaves, torch.randn(1, 64, 4), torch.zeros(1, 8, 4))
-    assert sum(held) == 2 * 64 * 8 + 8 * 4 + 2 * 64 * 4  # its inputs; the states of 64 tokens would be 2048
-    assert [first.shape for first in y.grad_fn.firsts] == [(1, 8, 4)] * 4
+    # Its inputs, and the states before four chunks; the states of 64 tokens would be 2048.
+    assert sum(held) == 2 * 64 * 8 + 8 * 4 + 2 * 64 * 4 + 4 * 8 * 4
+    assert not vars(y.grad_fn).keys() - {"size"}  # nothing that activation checkpointing could not drop
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

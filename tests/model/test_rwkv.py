@@ -110,8 +110,9 @@ def test_the_scan_keeps_no_states_of_single_tokens(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda t: t):
         leaves = [torch.randn(1, 64, 2, 4).requires_grad_() for _ in range(3)]
         out, _ = MatrixScan.apply(*leaves, -torch.rand(1, 64, 2, 4), torch.zeros(2, 4), torch.zeros(1, 2, 4, 4))
-    assert sum(held) == 4 * 64 * 8 + 8  # its inputs; the states of 64 tokens would be 2048
-    assert [first.shape for first in out.grad_fn.firsts] == [(1, 2, 4, 4)] * 4
+    # Its inputs, and the states before four chunks; the states of 64 tokens would be 2048.
+    assert sum(held) == 4 * 64 * 8 + 8 + 4 * 2 * 4 * 4
+    assert not vars(out.grad_fn).keys() - {"size"}  # nothing that activation checkpointing could not drop
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
