@@ -48,6 +48,10 @@ class TensorRow(NamedTuple):
         """Whether it is held in fp32 whatever the model computes in."""
         return self.kind in ("mamba scan", "rwkv scan", "router bias")
 
+    def held_bytes(self, element_bytes: int) -> int:
+        """Bytes of a value where the model computes in values of so many bytes, and does not train."""
+        return 4 if self.stays_fp32 else element_bytes
+
     @property
     def has_token_rows(self) -> bool:
         """Whether each row belongs to a token of the vocabulary, or pads it."""

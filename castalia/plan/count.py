@@ -31,6 +31,11 @@ def count(model: ModelConfig) -> ParameterCount:
     return ParameterCount(total, total - idle, non_embedding(model), by_kind)
 
 
+def held_bytes(model: ModelConfig, element_bytes: int) -> int:
+    """Bytes of the weights of a model that computes in values of so many bytes, and does not train."""
+    return sum(prod(shape) * row_of(name).held_bytes(element_bytes) for name, shape in tensor_shapes(model).items())
+
+
 def block_size(model: ModelConfig, kind: LayerKind) -> int:
     """Parameters of one block of this kind."""
     return sum(map(prod, shapes_of(BLOCK, model, kind).values()))

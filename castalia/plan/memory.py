@@ -511,7 +511,8 @@ class Rank:
     @property
     def masters(self) -> int:
         """Bytes of the fp32 parameters, and of a reference model's in the compute dtype, before sharding."""
-        return 4 * self._on_stage(self._state(False)) + self.compute.element_bytes * self.reference
+        wide = (4 - self.compute.element_bytes) * self.stage.layers * self._wide if self.compute.reference else 0
+        return 4 * self._on_stage(self._state(False)) + self.compute.element_bytes * self.reference + wide
 
     @property
     def moments(self) -> int:
@@ -642,11 +643,18 @@ class Rank:
         """Bytes of weights in the compute dtype, while `blocks` blocks and perhaps the head hold theirs."""
         # Several ranks gather their shards into a copy, even where a shard is the whole parameter.
         size, elsewhere = self.compute.element_bytes, self.layout.gpus > 1 or self.layout.offload
+        gathered = size * self.block + (4 - size) * self._wide
         if self.layout.zero < 3 and elsewhere:  # all parameters are gathered for the whole step
-            return size * self.parameters
+            return size * self.parameters + (4 - size) * self.stage.layers * self._wide
         if self.layout.zero == 3 and elsewhere:  # the block being computed and the one being prefetched
-            return size * (2 * self.block + (self.head if head else 0))
-        return size * (blocks * self.block + (self.head if head else 0)) if self.compute.casts else 0
+            return 2 * gathered + (size * self.head if head else 0)
+        cast = self.block - self._wide
+        return size * (blocks * cast + (self.head if head else 0)) if self.compute.casts else 0
+
+    @cached_property
+    def _wide(self) -> int:
+        """Elements of a block that stay fp32, on average."""
+        return _wide_values(self.model, self.layout.tp) // self.model.num_layers
 
     def _loss_work(self) -> int:
         """Bytes of working memory for one chunk of logits, [rows, vocabulary on this rank]."""
@@ -688,6 +696,13 @@ def _local_sizes(
             size = local_size(name, shape, tp) // (expert if row_of(name).kind == "experts" else 1)
             sizes["blocks" if name.startswith("blocks.") else name] += size
     return sizes
+
+
+@lru_cache
+def _wide_values(model: ModelConfig, tp: int) -> int:
+    """Elements on one tensor-parallel rank of what stays fp32 in all blocks."""
+    shapes = all_shapes(model, EVERYTHING)
+    return sum(local_size(name, shape, tp) for name, shape in shapes.items() if row_of(name).stays_fp32)
 
 
 @lru_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import block_of, local_size, tensor_shapes
+from castalia.config.tensor_table import block_of, local_size, row_of, tensor_shapes
 from castalia.plan.flops import kv_cache_bytes, state_bytes
 from castalia.plan.layout import Layout, rank_parts
 from castalia.plan.stream_plan import LOGITS_BYTES, PROGRAM_BYTES, block_working_bytes
@@ -59,10 +59,9 @@ def serving_plan(
     `layout`: of a model that is split over processes; the plan is then that of the process which holds most.
     """
     layout = layout or Layout()
-    vocab, (parameters, layers) = model.padded_vocab_size, _held(model, layout)
-    # In the order that multiplies fastest.
-    copied_head = vocab * model.hidden_size if model.tie_embeddings and layout.gpus == 1 else 0
-    weights = (parameters + copied_head) * element_bytes
+    vocab, (weights, layers) = model.padded_vocab_size, _held(model, layout, element_bytes)
+    if model.tie_embeddings and layout.gpus == 1:  # a copy of the head in the order that multiplies fastest
+        weights += vocab * model.hidden_size * element_bytes
     tokens = max(ROWS, CHUNK_TOKENS)
     working = block_working_bytes(model, tokens, element_bytes) + tokens * vocab * LOGITS_BYTES
     # Where only some blocks have attention, one rank may have all of those.
@@ -78,10 +77,13 @@ def serving_plan(
     return ServingPlan(weights, working, kv_each, budget, length, state_each)
 
 
-def _held(model: ModelConfig, layout: Layout) -> tuple[int, int]:
-    """The parameters of the rank that holds most, and the blocks of the rank with most of them."""
-    sizes = {name: local_size(name, shape, layout.tp) for name, shape in tensor_shapes(model).items()}
-    parameters = layers = begin = 0
+def _held(model: ModelConfig, layout: Layout, element_bytes: int) -> tuple[int, int]:
+    """Bytes of the parameters of the rank that holds most, and the blocks of the rank with most of them."""
+    sizes = {
+        name: local_size(name, shape, layout.tp) * row_of(name).held_bytes(element_bytes)
+        for name, shape in tensor_shapes(model).items()
+    }
+    weights = layers = begin = 0
     for stage in rank_parts(model, layout, model.max_positions or 1):
         own = {str(number) for number in range(begin, begin + stage.layers)}
         begin += stage.layers
@@ -95,5 +97,5 @@ def _held(model: ModelConfig, layout: Layout) -> tuple[int, int]:
                 held += size * (stage.first or (is_head and stage.last))
             else:
                 held += size * stage.last
-        parameters, layers = max(parameters, held), max(layers, stage.layers)
-    return parameters, layers
+        weights, layers = max(weights, held), max(layers, stage.layers)
+    return weights, layers

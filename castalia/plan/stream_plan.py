@@ -18,7 +18,7 @@ from castalia.config.scan_chunks import CHUNK_VALUES, SCAN_TOKENS
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, shapes_of
 from castalia.errors import ConfigError
-from castalia.plan.count import block_size, count
+from castalia.plan.count import block_size, held_bytes
 from castalia.plan.flops import forward_flops, kv_cache_bytes, state_bytes
 
 SHARE = 0.8  # of the free memory, for a model that is streamed because it does not fit
@@ -126,7 +126,7 @@ class StreamPlan:
 
 def memory_without_streaming(model: ModelConfig, work: StreamedWork, element_bytes: int) -> int:
     """Bytes that the same work needs with all parameters in memory, in the compute dtype."""
-    return PROGRAM_BYTES + count(model).total * element_bytes + work.working + work.bytes_each + work.cache_each
+    return PROGRAM_BYTES + held_bytes(model, element_bytes) + work.working + work.bytes_each + work.cache_each
 
 
 def least_budget(sizes: StreamedSizes, work: StreamedWork) -> int:

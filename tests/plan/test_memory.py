@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from castalia.config.scan_chunks import CHUNK_VALUES
 from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig, OptimizerConfig, PreferenceConfig
 from castalia.model import transformer
 from castalia.model.lora import add_adapters, freeze
@@ -102,6 +103,17 @@ def test_a_training_step_takes_the_planned_memory(family, dtype, recompute) -> N
         planned = Rank(model, layout, Stage(0, model.num_layers, True, True), LENGTH, compute).memory().total
         near = 0.1 if model.experts or model.other_kinds else 0.05  # blocks of several kinds count by their mean
         assert planned == pytest.approx(peak_bytes(model, layout, dtype), rel=near), (micro_batch, accumulation)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("family", ["pure mamba", "pure rwkv"])
+def test_so_do_states_between_chunks_which_activation_checkpointing_drops(family, recompute, monkeypatch) -> None:
+    """Chunks are so short that their states would be the most of what a block keeps."""
+    monkeypatch.setitem(CHUNK_VALUES, "cpu", 1)
+    model = ModelConfig(**(BASE | FAMILIES[family] | {"num_heads": 1}))
+    layout = Layout(micro_batch=4, recompute=recompute)
+    planned = memory_by_stage(model, layout, LENGTH, Compute("fp32", "cpu"))[0].total
+    assert planned == pytest.approx(peak_bytes(model, layout, torch.float32), rel=0.1)
 
 
 ATTENTION = {
