@@ -35,15 +35,16 @@ from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress
 from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
-from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from castalia.config.schema import ExpertsConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from castalia.generate.generation import generate
 from castalia.model.init import constant_value, initialize
+from castalia.model.layers import hold_in
 from castalia.model.transformer import Transformer
 from castalia.parallel.compile import compile_blocks
 from castalia.parallel.executor import Executor, one_process
 from castalia.plan.count import count
 from castalia.plan.devices import USABLE
-from castalia.plan.flops import kv_cache_bytes, training_flops
+from castalia.plan.flops import kv_cache_bytes, state_bytes, training_flops
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, memory_by_stage
 from castalia.plan.stream_plan import EvaluationShape, StreamPlan, evaluation_work
@@ -72,6 +73,14 @@ HEADS = {
     "stream": "model | tokens of a pass | in memory ms | streamed ms | streamed GB/s | one copy GB/s | reads GB",
     "attention": "shape of q | back end | forward ms | with backward ms | TFLOP/s",
 }
+# Other kinds of layers, as GPT-NeoX's configs of about this size have them, and what a tiny model of each has.
+MAMBA = {"pattern": ("mamba",), "position": "none", "norm": "rmsnorm", "num_layers": 24}
+KINDS: dict[str, dict[str, Any]] = {
+    "moe, 8 experts, 2 a token": {"experts": ExpertsConfig(count=8, top_k=2, width=3072), "mlp_bias": False},
+    "mamba-130m": MAMBA,
+    "rwkv-170m": {"pattern": ("rwkv",), "position": "none"},
+}
+TINY = {"moe, 8 experts, 2 a token": {"experts": ExpertsConfig(count=8, top_k=2, width=32)}}
 Row = Mapping[str, Any]
 Write = Callable[[list[list[int]], int], object]  # prompts, and how many tokens follow each
 
@@ -86,10 +95,11 @@ class Bench:
         self.prompt, self.new = (8, 4) if quick else (1024, 64)
 
     def model(self, name: str) -> ModelConfig:
-        shape = load_config(name).model
+        shape = load_config("pythia-160m" if name in KINDS else name).model
         assert shape is not None
         tiny = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 256, "mlp_size": None}
-        return shape.model_copy(update={"max_positions": self.seq} | (tiny if self.quick else {}))
+        own = KINDS.get(name, {}) | (tiny | TINY.get(name, {}) if self.quick else {})
+        return shape.with_({"max_positions": self.seq} | own)
 
     def rows(self) -> list[Row]:
         big = ("pythia-1.4b", "pythia-410m", "pythia-160m", "pythia-2.8b", "pythia-6.9b")
@@ -99,6 +109,7 @@ class Bench:
         grouped = {"num_kv_heads": 1 if self.quick else 4, "sliding_window": self.seq // 4}
         for variant in ({"shape": grouped}, {"precision": "fp16"}):
             trained += [{"kind": "train", "model": big[1], "side": side} | variant for side in ours]
+        trained += [{"kind": "train", "model": kind, "side": "eager"} for kind in KINDS]
         saved = [{"kind": "save", "model": big[1]}]
         decoded = [
             {"kind": "decode", "model": model, "side": side, "rows": rows}
@@ -107,6 +118,8 @@ class Bench:
             for side in ("ours", "transformers")
         ]
         decoded += [{"kind": "decode", "model": "gpt-neox-20b", "side": "ours", "rows": 1}]
+        each = (1, 2 if self.quick else 64)
+        decoded += [{"kind": "decode", "model": kind, "side": "ours", "rows": rows} for kind in KINDS for rows in each]
         streamed = [{"kind": "stream", "model": "pythia-1.4b", "tokens": number} for number in (16, self.seq)]
         attention = [{"kind": "attention", "backend": name} for name in ("flash", "cudnn", "efficient", "math")]
         checks = [{"kind": "check", "what": what} for what in ("losses", "tokens")]
@@ -347,12 +360,22 @@ def decode_row(bench: Bench, row: Row) -> list[list[str]]:
     write = (their_writer if row["side"] == "transformers" else our_writer)(bench, shape)
     rounds = [decode_round(bench, shape, write, rows, bench.prompt + number * (bench.new + 2)) for number in range(4)]
     first, each = (statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True))
-    weights = 2 * (count(shape).total - shape.padded_vocab_size * shape.hidden_size)
-    needed = weights + rows * (bench.prompt + bench.new / 2) * kv_cache_bytes(shape)
+    needed = 2 * values_read(shape, rows) + rows * (bench.prompt + bench.new / 2) * kv_cache_bytes(shape)
+    needed += 2 * rows * state_bytes(shape)  # read and written
     size = 1 << (20 if bench.quick else 28)
     share = needed / each / (8 * size / copy_seconds(bench, size))
     cells = f"{first * 1e3:.1f}", f"{rows / each:,.0f}", f"{each * 1e3:.2f}", f"{share:.0%}"
     return [[row["model"], row["side"], str(rows), *cells]]
+
+
+def values_read(shape: ModelConfig, rows: int) -> float:
+    """Of the model's parameters, for a token of each row: no embedding, and of experts those that are likely taken."""
+    parameters = count(shape)
+    read = parameters.total - shape.padded_vocab_size * shape.hidden_size
+    if shape.experts is None:
+        return read
+    idle = 1 - shape.experts.top_k / shape.experts.count  # of the experts, those that one token does not take
+    return read - (parameters.total - parameters.active) / idle * idle**rows
 
 
 def decode_round(bench: Bench, shape: ModelConfig, write: Write, rows: int, length: int) -> tuple[float, float]:
@@ -366,7 +389,8 @@ def decode_round(bench: Bench, shape: ModelConfig, write: Write, rows: int, leng
 def our_writer(bench: Bench, shape: ModelConfig) -> Write:
     with torch.device("meta"):
         model = Transformer(shape)
-    model = model.to(torch.bfloat16).to_empty(device=bench.device).eval()
+    hold_in(model, torch.bfloat16)
+    model = model.to_empty(device=bench.device).eval()
     fill(Executor(model))
     return lambda prompts, count: written(model, prompts, count)
 

@@ -3,13 +3,15 @@
     OMP_NUM_THREADS=1 python benchmarks/kinds.py [--rounds 5] [--tokens 2048] [--hidden 256] [--width 512] [--top-k 2]
     OMP_NUM_THREADS=1 python benchmarks/kinds.py --kind mamba [--rounds 5] [--tokens 2048] [--hidden 256]
     OMP_NUM_THREADS=1 python benchmarks/kinds.py --kind rwkv [--rounds 5] [--tokens 2048] [--hidden 256]
+    python benchmarks/kinds.py --json RESULTS.json --draw PICTURE.png
 
-Forward and backward pass of one layer in fp32 on the CPU, in CPU seconds of this process; all sides take turns with the
-same tokens, and the median of the rounds counts.
+The last one draws what the others have added to a file by `--json`. Forward and backward pass of one layer in fp32 on
+the CPU, in CPU seconds of this process; all sides take turns with the same tokens, and the median of the rounds counts.
 
 Experts beside a loop over masks of tokens, and beside the dense MLP that computes as much for a token. The loop picks
-each expert's tokens by a mask and adds its outputs up, as programs without sorting do. The floor is an MLP of `top_k`
-times the width: the same products for each token, without a router, and all in one. Outputs of both mixtures must
+each expert's tokens by a mask and adds its outputs up, as programs without sorting do. "One product each" is ours where
+torch has no grouped product: sorted all the same, one expert after another. The floor is an MLP of `top_k` times the
+width: the same products for each token, without a router, and all in one. Outputs of both mixtures must
 agree.
 
 Mamba, 4 sequences of different lengths, beside transformers' mixer with the same weights, which computes one token
@@ -23,8 +25,11 @@ another and lets autograd keep all states. The floor is the block without its sc
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import results
@@ -35,6 +40,8 @@ from torch.nn import functional as F
 from castalia.checkpoint.mamba_tensors import mamba_rules
 from castalia.checkpoint.rules import to_theirs
 from castalia.config.schema import ExpertsConfig, ModelConfig
+from castalia.figures import panels, plain, write_picture
+from castalia.model import experts
 from castalia.model.experts import ExpertMLP
 from castalia.model.init import seeded_tensor
 from castalia.model.layers import MLP
@@ -64,14 +71,63 @@ def seconds(compute: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return time.process_time() - begin
 
 
+def ungrouped(mlp: ExpertMLP, x: Tensor) -> Tensor:
+    """Ours without torch's grouped product."""
+    held, experts.grouped_mm = experts.grouped_mm, None
+    try:
+        return mlp(x)
+    finally:
+        experts.grouped_mm = held
+
+
+def turns(row: str, sides: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int) -> list[float]:
+    """Milliseconds of each side, which take turns. Those of the first one, ours, are the row of the results."""
+    for compute in sides.values():
+        seconds(compute, x)
+    each = [[seconds(compute, x) for compute in sides.values()] for _ in range(rounds)]
+    taken = list(zip(*each, strict=True))
+    for number, (name, values) in enumerate(zip(sides, taken, strict=True)):
+        results.record(row if number == 0 else f"{row}, {name}", values, "cpu")
+    return [1000 * median(values) for values in taken]
+
+
+def draw(picture: Path) -> None:
+    """A panel for each kind: milliseconds over the number of experts, or over the length of 4 sequences."""
+    assert results.file is not None, "--draw takes the file of --json"
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for line in map(json.loads, results.file.read_text().splitlines()):
+        if found := re.fullmatch(r"(?:(mamba|rwkv), )?(\d+) (experts|tokens)(?:, (.*))?", line["row"]):
+            kind, size, _, side = found.groups()
+            place = lines.setdefault((kind or "experts", side or "ours"), {})
+            place[int(size)] = 1000 * median(line["seconds"])
+    kinds = [kind for kind in ("experts", "mamba", "rwkv") if any(kind == of for of, _ in lines)]
+    figure, every = panels(1, len(kinds), size=(3.4 * len(kinds), 3))
+    plain(every)
+    for axes, kind in zip(every, kinds, strict=True):
+        for (of, side), points in lines.items():
+            if of == kind:
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker=".", label=side)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title({"experts": "experts", "mamba": "Mamba", "rwkv": "RWKV-6"}[kind])
+        axes.set_xlabel("number of experts" if kind == "experts" else "tokens of each of 4 sequences")
+        axes.legend(frameon=False, fontsize="small")
+    every[0].set_ylabel("ms, forward and backward")
+    write_picture(figure, picture)
+
+
 def main() -> None:
     """Prints a line for each number of experts, or for each length of a sequence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("experts", "mamba", "rwkv"), default="experts")
     for name, default in {"rounds": 5, "tokens": 2048, "hidden": 256, "width": 512, "top-k": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--draw", type=Path, metavar="PICTURE")
     results.option(parser)
     given = parser.parse_args()
+    if given.draw:
+        draw(given.draw)
+        return
     torch.manual_seed(0)
     {"mamba": mamba, "rwkv": rwkv, "experts": experts_beside_masks}[given.kind](given)
 
@@ -104,19 +160,15 @@ def mamba(given: argparse.Namespace) -> None:
     ours = {f"blocks.0.mamba.{name}": InMemory(value.data) for name, value in mixer.named_parameters()}
     rules = [rule.at(i=0) for rule in mamba_rules(cfg, "")]
     theirs.load_state_dict({name: refs[0].read() for name, refs in to_theirs(rules, ours).items()})
-    sides = {"ours": mixer, "theirs": theirs, "floor": lambda rows: without_scan(mixer, rows)}
+    sides = {"ours": mixer, "transformers": theirs, "floor": lambda rows: without_scan(mixer, rows)}
     print("length  ours, ms  transformers', ms  floor, ms  of the floor  ours, MB  transformers', MB")
     length = 64
     while 4 * length <= given.tokens:
         x = torch.randn(4, length, given.hidden)
         with torch.no_grad():
             assert (mixer(x) - theirs(x)).abs().max() < 1e-4
-        for compute in sides.values():
-            seconds(compute, x)
-        rounds = [{name: seconds(compute, x) for name, compute in sides.items()} for _ in range(given.rounds)]
-        results.record(f"mamba, {length} tokens", [each["ours"] for each in rounds], "cpu")
-        taken, slow, floor = (1000 * median(each[name] for each in rounds) for name in sides)
-        mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "theirs"))
+        taken, slow, floor = turns(f"mamba, {length} tokens", sides, x, given.rounds)
+        mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "transformers"))
         print(
             f"{length:6}  {taken:8.1f}  {slow:17.1f}  {floor:9.1f}  {floor / taken:12.0%}  {mine:8.1f}  {others:17.1f}"
         )
@@ -151,7 +203,7 @@ def rwkv(given: argparse.Namespace) -> None:
 
     sides = {
         "ours": mixer,
-        "naive": lambda rows: by(one_by_one, rows),
+        "one by one": lambda rows: by(one_by_one, rows),
         "floor": lambda rows: by(lambda r, k, v, logs, bonus, state: (r + k + v + logs, state), rows),
     }
     print("length  ours, ms  one by one, ms  floor, ms  of the floor  ours, MB  one by one, MB")
@@ -159,12 +211,9 @@ def rwkv(given: argparse.Namespace) -> None:
     while 4 * length <= given.tokens:
         x = torch.randn(4, length, given.hidden)
         with torch.no_grad():
-            assert (mixer(x) - sides["naive"](x)).abs().max() < 1e-4
-        for compute in sides.values():
-            seconds(compute, x)
-        rounds = [{name: seconds(compute, x) for name, compute in sides.items()} for _ in range(given.rounds)]
-        taken, slow, floor = (1000 * median(each[name] for each in rounds) for name in sides)
-        mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "naive"))
+            assert (mixer(x) - sides["one by one"](x)).abs().max() < 1e-4
+        taken, slow, floor = turns(f"rwkv, {length} tokens", sides, x, given.rounds)
+        mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "one by one"))
         print(
             f"{length:6}  {taken:8.1f}  {slow:14.1f}  {floor:9.1f}  {floor / taken:12.0%}  {mine:8.1f}  {others:14.1f}"
         )
@@ -174,22 +223,23 @@ def rwkv(given: argparse.Namespace) -> None:
 def experts_beside_masks(given: argparse.Namespace) -> None:
     """Prints a line for each number of experts."""
     x = torch.randn(given.tokens, given.hidden)
-    print("experts  sorted, ms  by masks, ms  dense of equal work, ms  of the floor")
+    print("experts  sorted, ms  by masks, ms  one product each, ms  dense of equal work, ms  of the floor")
     for count in COUNTS:
         shape = {"num_layers": 1, "hidden_size": given.hidden, "num_heads": 1, "mlp_bias": False}
-        experts = ExpertsConfig(count=count, top_k=given.top_k, width=given.width)
-        mixture = ExpertMLP(ModelConfig(**shape, experts=experts))
+        wanted = ExpertsConfig(count=count, top_k=given.top_k, width=given.width)
+        mixture = ExpertMLP(ModelConfig(**shape, experts=wanted))
         dense = MLP(ModelConfig(**shape, mlp_size=given.top_k * given.width))
         for parameter in (*mixture.parameters(), *dense.parameters()):
             parameter.data.normal_(std=0.05)
         assert (mixture(x) - by_masks(mixture, x)).abs().max() < 1e-4
-        sides = {"sorted": mixture, "masks": lambda rows, mlp=mixture: by_masks(mlp, rows), "dense": dense}
-        for compute in sides.values():
-            seconds(compute, x)
-        rounds = [{name: seconds(compute, x) for name, compute in sides.items()} for _ in range(given.rounds)]
-        results.record(f"{count} experts", [each["sorted"] for each in rounds], "cpu")
-        ours, masks, floor = (1000 * median(each[name] for each in rounds) for name in sides)
-        print(f"{count:7}  {ours:10.1f}  {masks:12.1f}  {floor:23.1f}  {floor / ours:12.0%}")
+        sides = {
+            "sorted": mixture,
+            "by masks": lambda rows, mlp=mixture: by_masks(mlp, rows),
+            "one product each": lambda rows, mlp=mixture: ungrouped(mlp, rows),
+            "floor": dense,
+        }
+        ours, masks, loop, floor = turns(f"{count} experts", sides, x, given.rounds)
+        print(f"{count:7}  {ours:10.1f}  {masks:12.1f}  {loop:20.1f}  {floor:23.1f}  {floor / ours:12.0%}")
 
 
 if __name__ == "__main__":
