@@ -24,7 +24,18 @@ COSTS = {  # what a step spends its time on
     "traffic": "memory",
     "tensor": "TP",
     "data": "DP",
+    "experts": "experts",
     "bubble": "wait",
+}
+COLUMNS = {  # of a layout
+    "tp": "tp",
+    "pp": "pp",
+    "dp": "dp",
+    "expert": "experts over",
+    "zero": "zero",
+    "micro_batch": "micro-batch",
+    "accumulation": "accumulate",
+    "recompute": "recompute",
 }
 
 
@@ -61,8 +72,11 @@ def print_suggestions(found: Suggestions) -> None:
     if found.tried:
         title = f"your layout and the fastest of {found.fitting:,} that fit ({found.tried:,} tried)"
     names = ["yours" if found.given.fits else "yours, does not fit", *map(str, range(1, len(found.better) + 1))]
-    rows = [[name, *_layout_row(verdict)] for name, verdict in zip(names, [found.given, *found.better], strict=True)]
-    header = ["", "tp", "pp", "dp", "zero", "micro-batch", "accumulate", "recompute", "GiB", "step", "tokens/s"]
+    every = [found.given, *found.better]
+    shared = any(verdict.layout.expert > 1 for verdict in every)
+    columns = {column: title for column, title in COLUMNS.items() if shared or column != "expert"}
+    rows = [[name, *_layout_row(verdict, columns)] for name, verdict in zip(names, every, strict=True)]
+    header = ["", *columns.values(), "GiB", "step", "tokens/s"]
     print_table(title, header, rows)
     if others := particular(found.given.layout):
         say(f"yours has {', '.join(f'{name} {value}' for name, value in others.items())} as well; none of the others")
@@ -75,11 +89,10 @@ def print_suggestions(found: Suggestions) -> None:
         print_table(f"{best} with one setting changed", ["change", "what happens"], [list(row) for row in found.losers])
 
 
-def _layout_row(verdict: Verdict) -> list[str]:
-    names = ("tp", "pp", "dp", "zero", "micro_batch", "accumulation", "recompute")
+def _layout_row(verdict: Verdict, columns: Iterable[str]) -> list[str]:
     size, step = f"{verdict.memory.total / GiB:.1f}", duration(verdict.costs.total)
     speed = f"{verdict.tokens_per_second:,.0f}"
-    return [*(str(getattr(verdict.layout, name)) for name in names), size, step, speed]
+    return [*(str(getattr(verdict.layout, name)) for name in columns), size, step, speed]
 
 
 def _facts(plan: RunPlan) -> None:

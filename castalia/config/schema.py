@@ -619,8 +619,8 @@ class ParameterGroup(Section):
 
 
 LoraTarget = Literal[
-    "attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "head",
-    "gmlp.up", "gmlp.down", "gmlp.attn.qkv", "gmlp.attn.out",
+    "attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "mlp.shared.up", "mlp.shared.gate", "mlp.shared.down",
+    "head", "gmlp.up", "gmlp.down", "gmlp.attn.qkv", "gmlp.attn.out",
     "mamba.in_x", "mamba.in_z", "mamba.x_proj", "mamba.dt_proj", "mamba.out",
     "rwkv.time.receptance", "rwkv.time.key", "rwkv.time.value", "rwkv.time.gate", "rwkv.time.out",
     "rwkv.channels.key", "rwkv.channels.receptance", "rwkv.channels.value",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from castalia.config.schema import ModelConfig
 from castalia.plan.layout import Layout, problem
 from castalia.plan.memory import Memory
 from castalia.plan.step_cost import Costs, PlanRequest, Verdict, evaluate_layout
@@ -14,8 +15,9 @@ from castalia.units import GiB
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 ZERO: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
-KNOBS = ("tp", "pp", "micro_batch", "zero", "recompute")  # what a layout chooses; the rest follows from the request
-UNTRIED = ("cp", "cp_kind", "dp_replicate", "pipeline", "stages_per_rank", "offload", "expert")
+# What a layout chooses; the rest follows from the request.
+KNOBS = ("tp", "pp", "expert", "micro_batch", "zero", "recompute")
+UNTRIED = ("cp", "cp_kind", "dp_replicate", "pipeline", "stages_per_rank", "offload")
 SHOWN = 5
 AS_FAST = 0.0005  # layouts whose times differ by a smaller share count as equally fast
 
@@ -71,12 +73,18 @@ def layouts(job: PlanRequest) -> Iterator[Layout]:
             if job.batch % dp or problem(job.model, shape):
                 continue
             for micro in (n for n in MICRO_BATCHES if job.batch // dp % n == 0):
+                given = replace(shape, micro_batch=micro, accumulation=job.batch // dp // micro)
                 for zero in ZERO if dp > 1 else ZERO[:1]:
-                    for recompute in RECOMPUTE:
-                        accumulation = job.batch // dp // micro
-                        yield replace(
-                            shape, micro_batch=micro, accumulation=accumulation, zero=zero, recompute=recompute
-                        )
+                    for expert in _expert_ranks(job.model, given):
+                        for recompute in RECOMPUTE:
+                            yield replace(given, zero=zero, expert=expert, recompute=recompute)
+
+
+def _expert_ranks(model: ModelConfig, layout: Layout) -> list[int]:
+    """How many of the data ranks can share out the experts; 1 where there are none, or tensor ranks share them out."""
+    if model.experts is None or layout.tp > 1:
+        return [1]
+    return [ranks for ranks in range(1, layout.dp + 1) if layout.dp % ranks == model.experts.count % ranks == 0]
 
 
 def suggest(job: PlanRequest) -> list[Verdict]:
@@ -150,7 +158,7 @@ def _neighbours(job: PlanRequest, layout: Layout) -> Iterator[tuple[str, Layout]
     """The possible layouts that differ in one setting, with the data ranks and the accumulation that follow from it."""
     possible = {_settings(other): other for other in layouts(job)}
     changes: list[tuple[str, object]] = []
-    for name in ("tp", "pp", "micro_batch"):
+    for name in ("tp", "pp", "expert", "micro_batch"):
         changes += [(name, getattr(layout, name) // 2), (name, getattr(layout, name) * 2)]
     changes += [("zero", stage) for stage in ZERO] + [("recompute", policy) for policy in RECOMPUTE]
     for name, value in changes:

@@ -20,7 +20,7 @@ from castalia.config.batch import sum_until
 from castalia.config.fields import changed
 from castalia.config.loss_chunks import CHUNK_BYTES
 from castalia.config.neox.clipping import effective_clip_norm
-from castalia.config.schema import RunConfig
+from castalia.config.schema import RunConfig, is_balance
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.indexed import open_dataset
 from castalia.data.pairs import Pairs
@@ -131,10 +131,13 @@ def _model(session: Session) -> str:
 
 
 def _sizes(session: Session) -> tuple[int, int]:
-    """The number of parameters that train and of all, adapters and padding included."""
+    """The number of parameters that train and of all, adapters and padding included.
+
+    Without the biases of balanced routers, which steps move, but no gradient.
+    """
     config = session.config
     shapes = tensor_shapes(config.model) | adapter_shapes(config.model, config.finetune.lora)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if not is_balance(name)}
     return sum(size for name, size in sizes.items() if config.finetune.trains(name)), sum(sizes.values())
 
 

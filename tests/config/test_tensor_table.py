@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from castalia.config.schema import LoraConfig, ModelConfig
-from castalia.config.tensor_table import adapter_shapes, row_of, tensor_shapes, tp_dim
+from castalia.config.schema import LoraConfig, LoraTarget, ModelConfig
+from castalia.config.tensor_table import ROWS, adapter_shapes, row_of, tensor_shapes, tp_dim
 from castalia.errors import ConfigError
 
 SWIGLU = {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "attention_bias": False}
@@ -78,3 +80,11 @@ def test_linear_maps_of_every_kind_of_block_are_adapted() -> None:
     assert {name.rpartition(".")[0] for name in adapter_shapes(mixed, named)} == {"blocks.0.mamba.out"}
     with pytest.raises(ConfigError, match="the model has no rwkv.time.key; it has mamba.in_x"):
         adapter_shapes(mixed, LoraConfig(targets=("rwkv.time.key",)))
+
+
+def test_each_matrix_that_takes_an_adapter_can_be_named() -> None:
+    assert set(get_args(LoraTarget)) == {row.module for row in ROWS if row.adaptable}
+    experts = {"count": 4, "width": 16, "shared_width": 24}
+    model = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, vocab_size=100, experts=experts)
+    found = adapter_shapes(model, LoraConfig(rank=2, targets=("mlp.shared.down",)))
+    assert set(found.values()) == {(2, 24), (32, 2)} and len(found) == 4

@@ -62,8 +62,8 @@ def test_tensor_ranks_train_as_one_process(pool, tiny, alone, family, layout, ov
 @pytest.mark.parametrize("family", ["mamba", pytest.param("rwkv", marks=SLOW)])
 def test_a_run_goes_on_with_another_number_of_tensor_ranks(pool, tiny, tmp_path, family):
     folder, straight = tmp_path / "run", tmp_path / "straight"
-    pool.run(run_to_the_end, 1, tiny(family, f"checkpoint.dir={straight}"))
-    first = ["parallel.tp=2", "train.exit_interval=5"]
+    pool.run(run_to_the_end, 1, tiny(family, STEADY, f"checkpoint.dir={straight}"))
+    first = [STEADY, "parallel.tp=2", "train.exit_interval=5"]
     pool.run(run_to_the_end, 2, tiny(family, f"checkpoint.dir={folder}", *first))
     second = ["parallel.tp=2", "parallel.zero=3"] if family == "rwkv" else ["parallel.pp=2"]
     world = 4 if family == "rwkv" else 2

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from castalia.config.load import load_config
+from castalia.config.schema import ModelConfig
 from castalia.plan.devices import DEVICES, parse_gpus
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, Memory
@@ -79,6 +80,20 @@ def test_the_nearest_that_fit_change_little() -> None:
         if getattr(first, name) != getattr(wanted, name)
     ]
     assert len(changed) <= 2
+
+
+def test_data_ranks_share_out_experts_where_that_helps() -> None:
+    number, device, _ = parse_gpus("8xA100-40")
+    experts = {"count": 12, "top_k": 2, "width": 8192}
+    model = ModelConfig(num_layers=8, hidden_size=2048, num_heads=16, vocab_size=50_000, experts=experts)
+    work = PlanRequest(model, 2048, 64, number, device, Compute())
+    tried = list(layouts(work))
+    assert {layout.expert for layout in tried} == {1, 2, 4} and len(set(tried)) == len(tried)
+    assert all(layout.tp == 1 and layout.dp % layout.expert == 0 for layout in tried if layout.expert > 1)
+    whole = Layout(dp=8, micro_batch=1, accumulation=8)
+    assert not evaluate_layout(work, whole).fits and evaluate_layout(work, replace(whole, expert=4)).fits
+    best = next(verdict for verdict in suggest(work) if verdict.layout.expert > 1)
+    assert any(change.startswith("expert ") for change, _ in losers(work, best))
 
 
 def test_each_cost_grows_with_what_causes_it() -> None:

@@ -187,6 +187,12 @@ def test_a_run_of_which_a_part_trains_is_as_large_as_planned(tiny, straight, tmp
     assert sum(file.stat().st_size for file in tensors) == pytest.approx(planned, rel=0.1)
 
 
+def test_biases_that_balance_experts_are_not_a_part_that_does_not_train(tiny, tmp_path, capsys):
+    config = tiny(tmp_path / "run", "model.experts={count: 4, width: 16, router: balanced}", "train.steps=1")
+    rehearse(config)
+    assert not re.search(r"of [\d,]+ train\b", capsys.readouterr().out)
+
+
 KERNELS = [
     ([], 1),
     (["model.attention_dropout=0.1"], 0),
