@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/serve.py [--new 32] [--rounds 3] [--streams 16]
     OMP_NUM_THREADS=1 python benchmarks/serve.py --soak 20
     OMP_NUM_THREADS=1 python benchmarks/serve.py --beside "transformers serve {folder} --port {port} --device cpu"
+    OMP_NUM_THREADS=1 python benchmarks/serve.py --beside "python -m llama_cpp.server --model {gguf} --port {port}"
 
 `--soak` is so many minutes at full load, with clients that leave in the middle, and prints the server's memory.
-`--beside` is the command of another server with OpenAI's completions; both get the same texts with the same fields,
+`--beside` is the command of another server with OpenAI's completions, which is told the model's Hugging Face folder or
+its GGUF file of fp32; both get the same texts with the same fields,
 in turns, and tokens are counted as each server's usage says.
 
 Weights are random, of pythia-70m's shape. The engine is asked over HTTP, with streams, by clients in another process.
@@ -117,7 +119,12 @@ def beside(folder: Path, url: str, options: argparse.Namespace) -> None:
     """Both servers in turns, with one stream and with several."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    other = subprocess.Popen(options.beside.format(folder=folder, port=port).split(), stderr=subprocess.DEVNULL)
+    gguf = folder.parent / "model.gguf"
+    if "{gguf}" in options.beside:
+        words = [str(folder), str(gguf), "--to", "gguf", "--dtype", "f32"]
+        subprocess.run([sys.executable, "-m", "castalia", "convert", *words], check=True)
+    command = options.beside.format(folder=folder, gguf=gguf, port=port).split()
+    other = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         theirs = f"http://127.0.0.1:{port}"
         for _ in range(600):
