@@ -7,8 +7,8 @@
 
 `--soak` is so many minutes at full load, with clients that leave in the middle, and prints the server's memory.
 `--beside` is the command of another server with OpenAI's completions, which is told the model's Hugging Face folder or
-its GGUF file of fp32; both get the same texts with the same fields,
-in turns, and tokens are counted as each server's usage says.
+its GGUF file of fp32; both get the same texts with the same fields, in turns. Tokens are counted as each server's usage
+says, or by the pieces of one that streams none.
 
 Weights are random, of pythia-70m's shape. The engine is asked over HTTP, with streams, by clients in another process.
 Rounds take turns, and CPU seconds of the serving process are given beside wall-clock ones, since the machine may be
@@ -55,8 +55,13 @@ def save(folder: Path) -> None:
     torch.manual_seed(0)
     model = transformers.GPTNeoXForCausalLM(config)
     model.generation_config.eos_token_id = None  # so that other servers write all tokens
-    model.save_pretrained(folder)
     train_bpe(["the server beside generate, on the same weights"], 270).save(folder)
+    # All that is written is letters: no text ends early, and every token is a piece of text that a server sends.
+    known = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    letters = torch.tensor([number for text, number in known.items() if text.isascii() and text.isalpha()])
+    weight = model.get_output_embeddings().weight.data
+    weight.copy_(torch.zeros_like(weight).index_copy(0, letters, weight[letters]))
+    model.save_pretrained(folder)
 
 
 async def timed(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[float, float, list[dict[str, Any]]]:
@@ -102,7 +107,8 @@ async def plain(client: httpx.AsyncClient, model: str, prompt: str, new: int) ->
     }  # fmt: skip
     first, last, events = await timed(client, body)
     told = [event["usage"]["completion_tokens"] for event in events if event.get("usage")]
-    return first, last, told[-1]
+    pieces = [event for event in events if event["choices"] and event["choices"][0].get("text")]
+    return first, last, told[-1] if told else len(pieces)
 
 
 async def several_plain(url: str, model: str, number: int, new: int, turn: int) -> tuple[float, float]:
