@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from castalia.checkpoint.formats.gguf.dense_architectures import gemma2_scale, no_rope_pattern
 from castalia.checkpoint.formats.gguf.names import ARCHITECTURES, HEAD, LLAMA3_FACTORS, not_computed
 from castalia.checkpoint.formats.huggingface.config_json import share_of
-from castalia.config.schema import ModelConfig, RopeScaling
+from castalia.config.schema import ModelConfig, RopeScaling, shortest
 from castalia.errors import CheckpointError
 from castalia.strict_json import to_json
 
@@ -26,6 +27,13 @@ ROTARY_KEYS = {
     "rope.dimension_count": int, "rope.freq_base": float, "rope.scale_linear": float, "rope.scaling.type": str,
     "rope.scaling.factor": float, "rope.scaling.original_context_length": int, "rope.scaling.attn_factor": float,
 }  # fmt: skip
+HEAD_KEYS = ("attention.key_length", "attention.value_length")  # of architectures with a free size of heads
+MORE_KEYS = {  # of single architectures -> our setting
+    "olmo": {"attention.clamp_kqv": "clip_qkv"},
+    "gemma2": {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"},
+}
+WINDOW_KEY = "attention.sliding_window"  # of gemma2; it counts the token itself, ours only the tokens before it
+WITH_PARALLEL = ("gptneox", "stablelm")  # architectures that say it
 # Keys that are not read -> their values that leave the model as it is. Of all keys of experts it is 0.
 IDLE: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
@@ -45,8 +53,14 @@ def to_metadata(name: str, model: ModelConfig, longest: int, rows: int) -> dict[
     values = {**model.model_dump(), **explicit, "vocab_size": rows}
     result: dict[str, Any] = {key: values[ours] for key, ours in KEYS.items()}
     result[_epsilon(model.norm)] = model.norm_eps
-    if name == "gptneox":
+    if name in WITH_PARALLEL:
         result["use_parallel_residual"] = model.parallel_residual
+    if "head_dim" in ARCHITECTURES[name].holds:
+        result |= dict.fromkeys(HEAD_KEYS, model.head_size)
+    more_keys = MORE_KEYS.get(name, {})
+    result |= {key: values[ours] for key, ours in more_keys.items() if values[ours] is not None}
+    if name == "gemma2":  # it has one in any case
+        result[WINDOW_KEY] = longest if model.window is None else model.window + 1
     if model.position == "rotary":
         result |= {"rope.dimension_count": model.rotary_size, "rope.freq_base": model.rotary_base}
     more: dict[str, Any] = {}
@@ -91,24 +105,30 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if missing := sorted({*KEYS, epsilon} - optional.keys() - given.keys()):
         raise CheckpointError(f"{path}: {name}.{missing[0]} is missing")
     types = {**dict.fromkeys(KEYS, int), epsilon: float}
-    types |= {"use_parallel_residual": bool} if name == "gptneox" else {}
+    types |= {"use_parallel_residual": bool} if name in WITH_PARALLEL else {}
+    types |= dict.fromkeys(MORE_KEYS.get(name, {}), float) | ({WINDOW_KEY: int} if name == "gemma2" else {})
+    types |= dict.fromkeys(HEAD_KEYS, int) if "head_dim" in architecture.holds else {}
     types |= ROTARY_KEYS if fixed["position"] == "rotary" else {}
     for key, value in given.items():
         if key in types and not _is(value, types[key]):
             raise CheckpointError(f"{path}: {name}.{key} is {reprlib.repr(value)}, which is not {TYPES[types[key]]}")
     values: dict[str, Any] = {ours: given.get(key, optional.get(key)) for key, ours in KEYS.items()}
     width, heads = values["hidden_size"], values["num_heads"]
-    if width <= 0 or heads <= 0 or width % heads:
+    free = "head_dim" in architecture.holds and given.get(HEAD_KEYS[0], 0) > 0
+    if width <= 0 or heads <= 0 or (width % heads and not free):
         raise CheckpointError(f"{path}: {name}.embedding_length={width} is no multiple of attention.head_count={heads}")
-    size = width // heads
+    size = given[HEAD_KEYS[0]] if free else width // heads
     idle = {**IDLE, "attention.key_length": (size,), "attention.value_length": (size,)}
     for key in sorted(given.keys() - types.keys()):
         if given[key] not in idle.get(key, (0,) if key.startswith("expert_") else ()):
             raise CheckpointError(f"{path}: {name}.{key}={reprlib.repr(given[key])} is not supported")
+    if given.get(HEAD_KEYS[1], size) != size:
+        raise CheckpointError(f"{path}: {name}.{HEAD_KEYS[1]} is not {HEAD_KEYS[0]}={size}, which is not supported")
     values["norm_eps"] = _shortest(given[epsilon])
     values |= {"vocab_multiple": 1, "tie_embeddings": HEAD not in shapes, **fixed}
     biased = {"attention_bias": ("attn_qkv", "attn_q"), "mlp_bias": ("ffn_up",)}
     values |= {key: any(f"blk.0.{word}.bias" in shapes for word in words) for key, words in biased.items()}
+    values |= _of_one_architecture(name, given, shapes, values, size)
     try:
         if name == "gptneox":
             values["parallel_residual"] = given.get("use_parallel_residual", True)
@@ -122,6 +142,33 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if reasons := not_computed(model, architecture):
         raise CheckpointError(f"{path}: not a model that {name} computes: {'; '.join(reasons)}")
     return model
+
+
+def _of_one_architecture(
+    name: str,
+    given: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, Any],
+    size: int,
+) -> dict[str, Any]:
+    """The settings that not all architectures have."""
+    found: dict[str, Any] = {ours: given.get(key) for key, ours in MORE_KEYS.get(name, {}).items()}
+    found = {ours: None if value is None else _shortest(value) for ours, value in found.items()}
+    if "head_dim" in ARCHITECTURES[name].holds and size * values["num_heads"] != values["hidden_size"]:
+        found["head_dim"] = size
+    if ARCHITECTURES[name].scales_embedding:
+        found["embedding_multiplier"] = values["hidden_size"] ** 0.5
+    if name == "gemma2":  # with the values that llama.cpp takes where the file has none
+        found |= {"attention_softcap": found["attention_softcap"] or 50.0}
+        found |= {"logit_softcap": found["logit_softcap"] or 30.0, "attention_scale": gemma2_scale(values, size)}
+        found |= {"sliding_window": given.get(WINDOW_KEY, 4096) - 1, "window_pattern": (True, False)}
+    if name == "smollm3":
+        found["rotary_pattern"] = shortest(no_rope_pattern(min(values["num_layers"], 4)))
+    if name == "stablelm":  # as llama.cpp does, by the tensors, whatever the key says
+        found["qk_norm"] = "each_head" if "blk.0.attn_q_norm.weight" in shapes else False
+        found["parallel_residual"] = "blk.0.ffn_norm.weight" not in shapes
+        found["attention_out_bias"] = False
+    return found
 
 
 def _is(value: Any, kind: type) -> bool:

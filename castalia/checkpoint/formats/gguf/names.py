@@ -5,46 +5,23 @@ Sources: src/models and src/llama-arch.cpp at ggml-org/llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
+from castalia.checkpoint.formats.gguf.dense_architectures import BIASES, DENSE, EVERY, GELU, Architecture, all_by_kind
+from castalia.checkpoint.formats.huggingface.model_type import by_group
 from castalia.checkpoint.formats.huggingface.names import lacking
-from castalia.checkpoint.rules import Chain, Each, Interleave, Inverse, PermuteRows, Rule, Same, per_block, with_bias
+from castalia.checkpoint.rules import Chain, Each, PermuteRows, Rule, Same, per_block, with_bias
 from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
 
-HEAD = "output.weight"
+HEAD, HEAD_BIAS = "output.weight", "output.bias"
 LLAMA3_FACTORS = "rope_freqs.weight"  # by which Llama 3 divides the frequencies, one for each rotating pair
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One value of `general.architecture`."""
-
-    rules: Callable[[ModelConfig], list[Rule]]  # without that of the head
-    fixed: Mapping[str, Any]  # settings of ours that it fixes
-    holds: Mapping[str, set | None]  # values of our settings that it computes; of those left out all
-    scalings: tuple[str, ...]  # kinds of rotary scaling that it computes
-    needs: tuple[str, ...] = ()  # settings whose tensors must be there: a model without gets zeros, or a copied head
-
-
-def _by_group(model: ModelConfig) -> Interleave:
-    """From all queries, all keys, all values to one group after another, each a key/value head with its queries."""
-    size = model.head_size
-    return Interleave((model.num_heads // model.kv_heads * size, size, size), model.kv_heads)
 
 
 def _fused_rules(model: ModelConfig) -> list[Rule]:
     """gptneox and gpt2: one matrix with all queries, all keys, all values; the rows of a head are in our order."""
-    size = model.head_size
-    parts = Inverse(Interleave((model.num_heads * size, model.kv_heads * size, model.kv_heads * size)))
     block = [
         *with_bias("blocks.{i}.norm1", "blk.{i}.attn_norm"),
         *with_bias("blocks.{i}.norm2", "blk.{i}.ffn_norm"),
-        *with_bias(
-            "blocks.{i}.attn.qkv", "blk.{i}.attn_qkv", Chain(parts, _by_group(model)), bias=model.attention_bias
-        ),
+        *with_bias("blocks.{i}.attn.qkv", "blk.{i}.attn_qkv", all_by_kind(model), bias=model.attention_bias),
         *with_bias("blocks.{i}.attn.out", "blk.{i}.attn_output", bias=model.attention_bias),
         *with_bias("blocks.{i}.mlp.up", "blk.{i}.ffn_up", bias=model.mlp_bias),
         *with_bias("blocks.{i}.mlp.down", "blk.{i}.ffn_down", bias=model.mlp_bias),
@@ -60,7 +37,7 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
     def rotating(heads: int) -> PermuteRows:
         return PermuteRows((heads, model.head_size // 2, 2), (0, 2, 1))
 
-    qkv = Chain(Each((rotating(model.num_heads), rotating(model.kv_heads), Same())), _by_group(model))
+    qkv = Chain(Each((rotating(model.num_heads), rotating(model.kv_heads), Same())), by_group(model))
     block = [
         Rule("blocks.{i}.norm1.weight", "blk.{i}.attn_norm.weight"),
         Rule("blocks.{i}.norm2.weight", "blk.{i}.ffn_norm.weight"),
@@ -76,13 +53,6 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
     return ends + per_block(block, model.num_layers)
 
 
-EVERY: dict[str, set | None] = {
-    "qk_norm": {False}, "shared_norm": {False}, "sliding_window": {None}, "reward_head": {False},
-    "rms_eps_inside": {True},
-}  # fmt: skip
-# llama.cpp has one GELU, the approximation by tanh.
-GELU: dict[str, set | None] = {"norm": {"layernorm"}, "gated_mlp": {False}, "activation": {"gelu", "gelu_tanh"}}
-BIASES = ("attention_bias", "mlp_bias")
 ARCHITECTURES = {
     "gptneox": Architecture(
         _fused_rules, {"position": "rotary", "norm": "layernorm", "activation": "gelu_tanh"},
@@ -98,12 +68,14 @@ ARCHITECTURES = {
                  "parallel_residual": {False}, "rotary_pct": {1.0}},
         ("linear", "yarn", "llama3"),
     ),
+    **DENSE,
 }  # fmt: skip
 
 
 def table(name: str, model: ModelConfig) -> list[Rule]:
     """All rules of a model."""
-    return ARCHITECTURES[name].rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", HEAD)])
+    bias = [Rule("head.bias", HEAD_BIAS)] if model.head_bias else []
+    return ARCHITECTURES[name].rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", HEAD), *bias])
 
 
 def architecture_of(model: ModelConfig, path: str) -> str:
@@ -123,7 +95,9 @@ def architecture_of(model: ModelConfig, path: str) -> str:
 
 def not_computed(model: ModelConfig, architecture: Architecture) -> list[str]:
     """The settings of the model that the architecture does not compute."""
-    return lacking(model, architecture.holds) + _scaling(model, architecture)
+    scale = {"embedding_multiplier": {model.hidden_size**0.5}} if architecture.scales_embedding else {}
+    found = lacking(model, {**architecture.holds, **scale}) + _scaling(model, architecture)
+    return found + architecture.lacks(model)
 
 
 def _scaling(model: ModelConfig, architecture: Architecture) -> list[str]:

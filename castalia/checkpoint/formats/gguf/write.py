@@ -14,9 +14,10 @@ from castalia.checkpoint.restore import architecture, load_tokenizer_for
 from castalia.checkpoint.rules import to_theirs
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import tensor_shapes
+from castalia.config.tensor_table import row_of, tensor_shapes
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import CastaliaError, CheckpointError
+from castalia.model.init import constant_value
 from castalia.model.positions import rotary_frequencies
 from castalia.storage.derived import Cast, Narrowed, float32
 from castalia.storage.gguf_file import BLOCK, DTYPES, GgufFile, Rounded, Stored
@@ -38,7 +39,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     if held.rope_scaling and held.rope_scaling.kind == "llama3":
         theirs[LLAMA3_FACTORS] = _llama3_factors(held)
     stored = {key: _stored(key, ref, options.gguf_type) for key, ref in theirs.items()}
-    kinds = [each.type for each in stored.values() if len(each.ref.shape) > 1]
+    kinds = [each.type for key, each in stored.items() if len(each.ref.shape) > 1 and "_norm." not in key]
     most = max(FILE_TYPES, key=kinds.count)
     metadata: dict[str, Any] = {
         "general.architecture": name,
@@ -70,8 +71,11 @@ def _completed(checkpoint: Checkpoint, model: ModelConfig, name: str) -> tuple[M
     """The same function with all tensors that the architecture needs: biases of zeros, a copy of a tied head."""
     needed = {key: key != "tie_embeddings" for key in ARCHITECTURES[name].needs}
     rows = checkpoint.model["embed.weight"].shape[0]
-    held = model.with_({**needed, "vocab_size": rows, "vocab_multiple": 1})
+    held = model.with_({**needed, "vocab_size": rows, "vocab_multiple": 1, "zero_centered_norms": False})
     ours = dict(checkpoint.model)
+    if model.zero_centered_norms:  # weights to which the model adds 1 in each pass
+        centered = [key for key in ours if row_of(key).init == "ones" and constant_value(model, key) == 0]
+        ours |= {key: InMemory(float32(ours[key]).read() + 1) for key in centered}
     for key, shape in tensor_shapes(held).items():
         if key not in ours:
             ours[key] = ours["embed.weight"] if key == "head.weight" else Zeros(shape)
@@ -94,7 +98,7 @@ def _fits(ref: TensorRef) -> bool:
 
 def _is_matrix(name: str, ref: TensorRef) -> bool:
     """Whether a tensor has the type that is asked for: norms, biases and positions are always in fp32."""
-    return len(ref.shape) > 1 and name != "position_embd.weight"
+    return len(ref.shape) > 1 and name != "position_embd.weight" and "_norm." not in name
 
 
 def _stored(name: str, ref: TensorRef, asked: str | None) -> Stored:
