@@ -59,10 +59,6 @@ def tensor_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
     if tp > 1 and (gated := [kind for kind in model.other_kinds if kind in ("gmlp", "amlp")]):
         text = f"parallel.tp={tp} cannot split {' and '.join(gated)} blocks (model.pattern); use 1"
         yield Problem(text, ("parallel.tp", "model.pattern"))
-    if tp > 1 and model.attention_layers and model.qk_norm not in (False, "head"):
-        why = "has a weight for each head" if model.qk_norm == "each_head" else "is one norm over all heads"
-        text = f"model.qk_norm={str(model.qk_norm).lower()} {why}, which parallel.tp={tp} would split; use tp=1"
-        yield Problem(text, ("parallel.tp", "model.qk_norm"))
     for setting, _, size in indivisible_splits(model, tp):
         text = f"parallel.tp={tp} does not divide {setting}={size}; use one of {divisors(size)}"
         yield Problem(text, ("parallel.tp", setting))
@@ -72,6 +68,14 @@ def tensor_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
             f"model.vocab_multiple={lcm(model.vocab_multiple, tp)} fits",
             ("parallel.tp", "model.vocab_multiple"),
         )
+
+
+def heads_norm_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
+    """Why `tp` ranks cannot train the norms of queries and keys. GPT-NeoX can: its files are read and written so."""
+    if tp > 1 and model.attention_layers and model.qk_norm not in (False, "head"):
+        why = "has a weight for each head" if model.qk_norm == "each_head" else "is one norm over all heads"
+        text = f"model.qk_norm={str(model.qk_norm).lower()} {why}, which parallel.tp={tp} would split; use tp=1"
+        yield Problem(text, ("parallel.tp", "model.qk_norm"))
 
 
 def expert_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from castalia.config.batch import batch_plan
 from castalia.config.layout_rules import (
     divisors,
     expert_problems,
+    heads_norm_problems,
     micro_batch_problems,
     multiples,
     pipeline_problems,
@@ -117,6 +118,7 @@ def _model_problems(config: CompleteConfig) -> list[str]:
     cfg, parallel = config.model, config.parallel
     tp, per_rank = parallel.tp, stages_per_rank(parallel)
     problems = [problem.text for problem in (*tensor_problems(cfg, tp), *expert_problems(cfg, parallel))]
+    problems += [problem.text for problem in heads_norm_problems(cfg, tp)]
     if parallel.cp > 1 and parallel.cp_kind != "gather":
         problems += _gather_problems(cfg, parallel)
     problems += [problem.text for problem in pipeline_problems(cfg, parallel.pp, per_rank)]

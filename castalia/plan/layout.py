@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from castalia.config.layout_rules import pipeline_problems, tensor_problems
+from castalia.config.layout_rules import heads_norm_problems, pipeline_problems, tensor_problems
 from castalia.config.schema import ModelConfig
 from castalia.plan.flops import blocks_flops, head_flops
 
@@ -71,7 +71,11 @@ class Stage:
 
 def problem(model: ModelConfig, layout: Layout) -> str | None:
     """Why this model cannot be split this way, None if it can."""
-    problems = (*tensor_problems(model, layout.tp), *pipeline_problems(model, layout.pp, layout.stages_per_rank))
+    problems = (
+        *tensor_problems(model, layout.tp),
+        *heads_norm_problems(model, layout.tp),
+        *pipeline_problems(model, layout.pp, layout.stages_per_rank),
+    )
     return problems[0].text if problems else None
 
 
