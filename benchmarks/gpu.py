@@ -36,8 +36,9 @@ from castalia.checkpoint.tensors import Progress
 from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
 from castalia.config.schema import ExpertsConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from castalia.config.tensor_table import constant_value
 from castalia.generate.generation import generate
-from castalia.model.init import constant_value, initialize
+from castalia.model.init import initialize
 from castalia.model.layers import hold_in
 from castalia.model.transformer import Transformer
 from castalia.parallel.compile import compile_blocks

@@ -254,3 +254,13 @@ def tp_dim(name: str) -> int | None:
 def local_size(name: str, shape: tuple[int, ...], tp: int) -> int:
     """Elements of the tensor on one of `tp` tensor ranks."""
     return prod(shape) if tp_dim(name) is None else prod(shape) // tp
+
+
+def constant_value(cfg: ModelConfig, name: str) -> float | None:
+    """The value with which a norm, a bias or `lora_b` begins; None for tensors that are random."""
+    row, each_head = row_of(name), cfg.qk_norm == "each_head"
+    # Norms that are not the model's kind, such as RWKV's own, multiply by their weight alone.
+    centered = {"norm_weight"} if each_head else {"norm_weight", "qk_norms"}
+    if cfg.zero_centered_norms and row.init == "ones" and centered & set(row.needs.split()):
+        return 0.0
+    return {"zeros": 0.0, "ones": 1.0}.get(row.init)

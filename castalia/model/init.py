@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import SIZES, row_of
+from castalia.config.tensor_table import SIZES, constant_value, row_of
 from castalia.errors import ConfigError
 from castalia.machine import usable_cores
 from castalia.model.init_kinds import (
@@ -109,16 +109,6 @@ def _matrix(
         return whole[rows, columns].clone()
     scale = standard_deviation(cfg, method, logical) * mup_scale(cfg, method, name)
     return _drawn(seed, drawn_as, shape, rows, columns, lambda tile: tile * scale, uniform=method == "xavier_uniform")
-
-
-def constant_value(cfg: ModelConfig, name: str) -> float | None:
-    """The value with which a norm, a bias or `lora_b` begins; None for tensors that are random."""
-    row, each_head = row_of(name), cfg.qk_norm == "each_head"
-    # Norms that are not the model's kind, such as RWKV's own, multiply by their weight alone.
-    centered = {"norm_weight"} if each_head else {"norm_weight", "qk_norms"}
-    if cfg.zero_centered_norms and row.init == "ones" and centered & set(row.needs.split()):
-        return 0.0
-    return {"zeros": 0.0, "ones": 1.0}.get(row.init)
 
 
 def _method(cfg: ModelConfig, name: str) -> str:

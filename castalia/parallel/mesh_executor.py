@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import CompleteConfig
-from castalia.config.tensor_table import row_of
+from castalia.config.tensor_table import constant_value, row_of
 from castalia.errors import ConfigError
-from castalia.model.init import TILE_ROWS, constant_value, neox_matrices, seeded_tensor
+from castalia.model.init import TILE_ROWS, neox_matrices, seeded_tensor
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages

@@ -41,6 +41,7 @@ OTHERS = {
         embedding_norm=True,
         embedding_multiplier=3.0,
     ),
+    "caps": ModelConfig(**SIZES, attention_softcap=0.2, logit_softcap=0.3, num_kv_heads=2, tie_embeddings=True),
     "norms after": ModelConfig(**SIZES, position="learned", position_offset=2, norm_placement="after", qk_norm="width"),
     "deep": ModelConfig(**SIZES | {"num_layers": 7}, rotary_pct=0.25, parallel_residual=True),
 }
@@ -71,6 +72,23 @@ def test_logits_and_losses_have_the_bits_of_the_whole_model(kind: str, stored: t
         tokens = tokens_of(whole.cfg, seed=seed)
         assert torch.equal(model(tokens), whole(tokens))
         assert torch.equal(model(tokens, tokens)[0], whole(tokens, tokens)[0])
+    model.reader.close()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_bias_of_the_head_is_added(stored: torch.dtype) -> None:
+    cfg = ModelConfig(**SIZES, parallel_residual=True, shared_norm=True, head_bias=True, logit_softcap=0.3)
+    checkpoint = made(cfg, dtype=stored, optimizer=False)
+    whole, model = build_model(checkpoint), streamed(checkpoint, torch.float32)
+    assert whole.head.bias.abs().max() > 0.01
+    tokens = tokens_of(cfg)
+    near = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(model(tokens), whole(tokens), **near)
+    torch.testing.assert_close(model(tokens, tokens), whole(tokens, tokens), **near)
+    torch.testing.assert_close(
+        model(tokens, tokens, per_sequence=True), whole(tokens, tokens, per_sequence=True), **near
+    )
     model.reader.close()
 
 

@@ -14,10 +14,9 @@ from castalia.checkpoint.restore import architecture, load_tokenizer_for
 from castalia.checkpoint.rules import to_theirs
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import row_of, tensor_shapes
+from castalia.config.tensor_table import constant_value, row_of, tensor_shapes
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import CastaliaError, CheckpointError
-from castalia.model.init import constant_value
 from castalia.model.positions import rotary_frequencies
 from castalia.storage.derived import Cast, Narrowed, float32
 from castalia.storage.gguf_file import BLOCK, DTYPES, GgufFile, Rounded, Stored
