@@ -119,8 +119,6 @@ def test_the_trainers_order_is_that_of_the_class(case: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("case", CASES)
 def test_a_whole_cycle(case: str, lora: bool, tmp_path: Path) -> None:
     """Opened, trained for three steps, saved, resumed, converted back, and opened by transformers."""
-    if lora and case == "mamba":
-        pytest.skip("no adapters are built for Mamba blocks")
     saved(case, tmp_path / "base", vocab_size=300)
     train_bpe(["the light was good and there was evening and there was morning " * 20], 300).save(tmp_path / "base")
     tokenizer = (tmp_path / "base" / "tokenizer.json").read_bytes()
