@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.ports import free_port
 
 MODULES = (
     "castalia.cli.main", "castalia.cli.train", "castalia.cli.finetune", "castalia.cli.convert",
@@ -113,10 +114,7 @@ def _act(commands: list[list[str]], **settings: Any) -> list[list[Any]]:
 
 def _begin(words: list[str], folder: str, ranks: int, **attack: Any) -> tuple[list[int], str]:
     notes = tempfile.mkdtemp()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    numbers = []
+    port, numbers = free_port(), []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         number = os.fork()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from castalia.config.load import dump_config, load_config
 from castalia.observe.metrics import read_events, read_metrics
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -168,11 +168,8 @@ def test_a_machine_goes_and_only_data_parallelism_shrinks(written):
     path, folder = written(
         "run", "train.steps=40", "train.accumulation=null", "train.micro_batch_size=4", "checkpoint.every=5"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     words = [*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
-    words += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--rdzv-conf=last_call_timeout=5,is_host="]
+    words += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=job", "--rdzv-conf=last_call_timeout=5,is_host="]
     first = begin([*words[:-1], words[-1] + "true", *CASTALIA[1:], str(path)])
     second = begin([*words[:-1], words[-1] + "false", *CASTALIA[1:], str(path)])
     wait_for_step(first, folder, 12)
