@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from castalia.config.schema import CompleteConfig
@@ -21,6 +22,13 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
+
+# Parameters that stay fp32 are a group of their own within a block. FSDP notes its work on them in the profiler once
+# more when the block is computed again, which selective checkpointing takes for another computation.
+_IGNORED: Any = getattr(checkpointing, "SAC_IGNORED_OPS", None)
+if _IGNORED is not None:
+    _PROFILER: Any = torch.ops.profiler
+    _IGNORED |= {_PROFILER._record_function_enter_new.default, _PROFILER._record_function_exit._RecordFunction}
 
 _GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)  # what grouped products of experts are made of, where they are
 if _GROUPED is not None:

@@ -37,7 +37,8 @@ TENSOR = [
     ("mamba", "tp2 pp2 dp2 zero3", []),
     ("rwkv", "tp2 pp2 dp2 zero3", []),
     ("mamba", "tp2 sequence", ["train.recompute=full"]),
-    ("rwkv", "tp2 sequence", ["train.recompute=selective", "model.rwkv_over=batch"]),
+    ("rwkv", "tp2 sequence", ["model.rwkv_over=batch"]),
+    ("mamba", "tp2", ["train.recompute=selective"]),
     ("rwkv", "tp4", []),
     ("mamba", "tp4", MAMBA),
 ]
