@@ -34,10 +34,19 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress
 from castalia.config.batch import BatchPlan
+from castalia.config.float8_matrices import activation_type, float8_matrices
 from castalia.config.load import load_config
-from castalia.config.schema import ExpertsConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from castalia.config.schema import (
+    ExpertsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainConfig,
+)
 from castalia.config.tensor_table import constant_value
 from castalia.generate.generation import generate
+from castalia.model.float8 import set_float8
 from castalia.model.init import initialize
 from castalia.model.layers import hold_in
 from castalia.model.transformer import Transformer
@@ -62,7 +71,7 @@ PEAK_FLOPS = 989e12
 WARMUP_STEPS, STEPS = 2, 5
 ROW_SECONDS = 100.0  # of one row, compilation included
 # Of losses and gradient norms, relative.
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2, "bf16, compiled": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2, "bf16, compiled": 1e-2, "fp8": 2e-2}
 FP16_SCALE = 2.0**16
 HEADS = {
     "machine": "what | measured",
@@ -111,6 +120,11 @@ class Bench:
         for variant in ({"shape": grouped}, {"precision": "fp16"}):
             trained += [{"kind": "train", "model": big[1], "side": side} | variant for side in ours]
         trained += [{"kind": "train", "model": kind, "side": "eager"} for kind in KINDS]
+        # Beside bf16's rows: the matrices of a model this wide should gain, and nothing is known of narrower ones.
+        eight = [
+            {"kind": "train", "model": m, "side": side, "precision": "fp8"} for m in big[: len(ours)] for side in ours
+        ]
+        trained[3:3] = eight
         saved = [{"kind": "save", "model": big[1]}]
         decoded = [
             {"kind": "decode", "model": model, "side": side, "rows": rows}
@@ -186,9 +200,11 @@ def check_losses(bench: Bench, shape: ModelConfig, host: Transformer, tokens: to
     wanted = loss_and_norm(host, tokens)
     cells = []
     for name, tolerance in TOLERANCE.items():
-        dtype = DTYPES[name.split(",")[0]]
-        model = Transformer(shape, compute_dtype=dtype).to(bench.device).eval()
+        precision = name.split(",")[0]
+        model = Transformer(shape, compute_dtype=DTYPES[activation_type(precision)]).to(bench.device).eval()
         model.load_state_dict(host.state_dict())
+        if precision == "fp8":  # which multiplies so in training mode alone; nothing here has dropout
+            set_float8(model.train(), float8_matrices(shape, tp=1)[0])
         compile_blocks(model, RunConfig(train=TrainConfig(compile="compiled" in name)), bench.device)
         found = loss_and_norm(model, tokens.to(bench.device), FP16_SCALE if name == "fp16" else 1.0)
         for what, expected, value in zip(("loss", "gradient norm"), wanted, found, strict=True):
@@ -231,7 +247,8 @@ def written(model: Transformer, prompts: list[list[int]], count: int) -> list[li
 
 def train_row(bench: Bench, row: Row) -> list[list[str]]:
     shape = bench.model(row["model"]).model_copy(update=row.get("shape", {}))
-    layout, precision = fitting(bench, shape), row.get("precision", "bf16")
+    precision = row.get("precision", "bf16")
+    layout = fitting(bench, shape, precision)
     if row["side"] == "transformers":
         step, micro = their_training(bench, shape, layout)
     else:
@@ -240,7 +257,7 @@ def train_row(bench: Bench, row: Row) -> list[list[str]]:
     peak = bench.peak_bytes(step)
     tokens = bench.sequences * bench.seq
     rate = tokens * training_flops(shape, bench.seq) / seconds
-    plan = planned(bench, shape, layout) if row["side"] != "transformers" else None
+    plan = planned(bench, shape, layout, precision) if row["side"] != "transformers" else None
     split = f"{micro} x {bench.sequences // micro}"
     return [
         [
@@ -257,20 +274,21 @@ def variant_name(row: Row) -> str:
     return ", ".join([*parts, row["precision"]] if "precision" in row else parts)
 
 
-def fitting(bench: Bench, shape: ModelConfig) -> Layout:
+def fitting(bench: Bench, shape: ModelConfig, precision: str = "bf16") -> Layout:
     """The first way to take the step's sequences that fits into memory."""
     memory = torch.cuda.get_device_properties(0).total_memory if bench.device.type == "cuda" else 2**30
     for recompute in ("none", "selective", "full"):
         for micro in (16, 8, 4, 2, 1):
             if bench.sequences % micro == 0:
                 layout = Layout(micro_batch=micro, accumulation=bench.sequences // micro, recompute=recompute)
-                if planned(bench, shape, layout) < USABLE * memory:
+                if planned(bench, shape, layout, precision) < USABLE * memory:
                     return layout
     raise SystemExit("does not fit into this device, whatever is recomputed")
 
 
-def planned(bench: Bench, shape: ModelConfig, layout: Layout) -> int:
-    return memory_by_stage(shape, layout, bench.seq, Compute("bf16", bench.device.type))[0].total
+def planned(bench: Bench, shape: ModelConfig, layout: Layout, precision: str) -> int:
+    compute = Compute("bf16", bench.device.type, float8=precision == "fp8")  # fp16 takes what bf16 takes
+    return memory_by_stage(shape, layout, bench.seq, compute)[0].total
 
 
 def our_training(
@@ -284,8 +302,12 @@ def our_training(
 
 def our_step(bench: Bench, shape: ModelConfig, layout: Layout, compiled: bool, precision: str) -> TrainStep:
     plan = BatchPlan(bench.sequences, layout.micro_batch, layout.accumulation)
-    config = RunConfig(model=shape, train=TrainConfig(recompute=layout.recompute, compile=compiled))
-    executor = one_process(config, DTYPES[precision], bench.device, plan)
+    config = RunConfig(
+        model=shape,
+        train=TrainConfig(recompute=layout.recompute, compile=compiled),
+        precision=PrecisionConfig(compute=precision),
+    )
+    executor = one_process(config, DTYPES[activation_type(precision)], bench.device, plan)
     fill(executor)
     executor.model.train()
     optimizer = make_optimizer(executor.parameters, OptimizerConfig(lr=1e-4, weight_decay=0.1))

@@ -24,6 +24,7 @@ from castalia.checkpoint.formats import TARGETS
 from castalia.checkpoint.opener import base_of, detect, find_steps
 from castalia.checkpoint.rules import STATE_ROLES
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.float8_matrices import activation_type
 from castalia.errors import CheckpointError
 from castalia.files import (
     MARK,
@@ -82,7 +83,7 @@ def own_precision(checkpoint: Checkpoint, to: str, optimizer: bool) -> tuple[tor
     A run's own checkpoints have fp32 masters only. Programs of other formats continue in the precision of the files, so
     the weights are written in the precision in which the run computes.
     """
-    compute = checkpoint.config.precision.compute if checkpoint.config else None
+    compute = activation_type(checkpoint.config.precision.compute) if checkpoint.config else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(compute))
     dtypes = {ref.dtype for ref in checkpoint.model.values()}
     if TARGETS[to].any_dtype or checkpoint.format != "native" or dtype is None or dtypes != {torch.float32}:

@@ -8,6 +8,7 @@ from os.path import normpath
 
 from castalia.config.batch import batch_plan, planned_dp
 from castalia.config.fields import is_default
+from castalia.config.float8_matrices import MULTIPLE, float8_matrices
 from castalia.config.layout_rules import (
     Problem,
     divisors,
@@ -427,6 +428,20 @@ def preferences(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"neox_exact covers train.objective=causal alone, not {key}", (*paths, "neox_exact"))
 
 
+def float8(config: RunConfig) -> Iterator[Problem]:
+    """Products in float8 need matrices to multiply, and a loss that does not compare with a model in bf16."""
+    if config.precision.compute != "fp8":
+        return
+    paths, key = ("precision.compute",), "precision.compute=fp8"
+    if config.train.objective in ("dpo", "kto"):
+        text = f"{key} rounds by more than train.objective={config.train.objective} may find between a model and its "
+        yield Problem(f"{text}reference model, which computes in bf16; set precision.compute=bf16", paths)
+    tp = config.parallel.tp
+    if config.model and not any(tensor_problems(config.model, tp)) and not float8_matrices(config.model, tp)[0]:
+        text = f"{key} multiplies the matrices of attention and dense MLPs in float8, of which this model has none"
+        yield Problem(f"{text} whose sizes are multiples of {MULTIPLE}; set precision.compute=bf16", paths)
+
+
 def profile(config: RunConfig) -> Iterator[Problem]:
     """A profile must not end before it starts."""
     wanted = config.log.profile
@@ -553,6 +568,6 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
 
 CONTRADICTIONS = (
     heads, placement, mup, experts, kinds, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates,
-    expressions, corpora, preferences, profile, watch, idle_layout,
+    expressions, corpora, preferences, float8, profile, watch, idle_layout,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)

@@ -39,7 +39,10 @@ WHEN = {
     "train.recompute": ("where memory is short: a third more computing, far fewer activations", "full"),
     "train.compile": ("to wait for compiling once and save time in every step", "true"),
     "train.deterministic": ("where a repeated step must give the same bits on a GPU", "true"),
-    "precision.compute": ("where `auto` is not what you want: fp32 to look for errors, fp16 on old GPUs", "bf16"),
+    "precision.compute": (
+        "where `auto` is not what you want: fp32 to look for errors, fp16 on old GPUs, fp8 on Hopper and newer",
+        "bf16",
+    ),
     "parallel.tp": ("where a layer does not fit on one device", "2"),
     "parallel.pp": ("where the model does not fit on the devices of one machine", "4"),
     "parallel.zero": ("where weights or moments do not fit: 1, then 2, then 3", "1"),

@@ -797,8 +797,10 @@ class LossScaleConfig(Section):
 class PrecisionConfig(Section):
     """The number formats of training; parameters, gradients and optimizer state are always fp32."""
 
-    compute: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="dtype of matrix products; auto: bf16 where the hardware has it"
+    compute: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="dtype of matrix products; auto: bf16 where the hardware has it; fp8: float8 in the matrices of "
+        "attention and dense MLPs while training, bf16 in all else",
     )
     loss_scale: LossScaleConfig = LossScaleConfig()
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from castalia.config.schema import LoraConfig, ModelConfig
 from castalia.config.tensor_table import row_of
+from castalia.model.float8 import float8_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -60,6 +61,7 @@ class Linear(nn.Linear):
 
     lora_a: nn.Parameter | None
     lora_b: nn.Parameter | None
+    float8 = False  # whether it multiplies in float8 while it trains, see `float8.py`
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -82,17 +84,22 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`forward` with another bias, or none."""
         if self.lora_a is None or self.lora_b is None:
-            return linear(x, self.weight, bias)
+            return self.plain(x, bias)
         # [..., in] -> [..., rank] -> [..., out]; the product of the two matrices is never formed
         if is_slow_half(x) or type(x) is not Tensor:  # a DTensor, of whose output a rank may hold a summand
             low = linear(self.dropped(x), self.lora_a)
-            return linear(x, self.weight, bias) + linear(low, self.lora_b) * self.lora_scale
+            return self.plain(x, bias) + linear(low, self.lora_b) * self.lora_scale
         rows = x.flatten(0, -2)
-        out, low = linear(rows, self.weight, bias), linear(self.dropped(rows), self.lora_a)
+        out, low = self.plain(rows, bias), linear(self.dropped(rows), self.lora_a)
         # The product itself scales and adds, which would take two passes over the output. Not in place, as selective
         # activation checkpointing keeps the first output.
         whole = torch.addmm(out, low, self.lora_b.to(x.dtype).T, alpha=self.lora_scale)
         return whole.unflatten(0, x.shape[:-1])
+
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`product` without the adapter."""
+        # Of no tokens, as where none has a label, there is no largest value.
+        return (float8_linear if self.float8 and self.training and x.numel() else linear)(x, self.weight, bias)
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input of the adapter, with dropout while training."""

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from castalia.config.float8_matrices import float8_matrices
 from castalia.config.layout_rules import stages_per_rank
 from castalia.config.schema import CompleteConfig, ParallelConfig
 from castalia.model.experts import Experts
+from castalia.model.float8 import set_float8
 from castalia.model.layers import hold_in
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
@@ -22,7 +24,12 @@ from castalia.parallel.compile import compile_blocks
 from castalia.parallel.expert_parallel import apply_expert_parallel, shard_dim
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.pipeline import cut_stage
-from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_other_parameters, shard_adapters
+from castalia.parallel.tensor_parallel import (
+    apply_tensor_parallel,
+    float8_on_ranks,
+    replicate_other_parameters,
+    shard_adapters,
+)
 from castalia.plan.layout import stages_of_rank
 
 
@@ -44,6 +51,8 @@ def build_stages(
             model = cut_stage(model, index, num_stages, cfg.data.seq_length)
         if frozen:
             hold_in(model, compute_dtype)
+        elif cfg.precision.compute == "fp8":
+            set_float8(model, float8_matrices(cfg.model, mesh.layout.tp)[0])
         model = parallelize(model, mesh, cfg, compute_dtype)
         stages[index] = model.to_empty(device="cpu" if cfg.parallel.offload else device)
     return stages
@@ -62,6 +71,7 @@ def parallelize(model: Transformer, mesh: Mesh, cfg: CompleteConfig, compute_dty
     add_adapters(model, cfg.finetune.lora)
     if mesh.layout.tp > 1:
         shard_adapters(model, mesh.tensor)
+        float8_on_ranks(model)
         replicate_other_parameters(model, mesh.tensor)
     freeze(model, cfg.finetune)
     apply_activation_checkpointing(model, cfg.train.recompute, dropout=has_dropout(cfg))

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.batch import BatchPlan
+from castalia.config.float8_matrices import float8_matrices
 from castalia.config.schema import CompleteConfig, ModelConfig
 from castalia.data.loader import Batch
 from castalia.errors import ConfigError
+from castalia.model.float8 import set_float8
 from castalia.model.init import initialize
 from castalia.model.kept_tokens import Kept, kept_tokens
 from castalia.model.layers import hold_in
@@ -339,6 +341,8 @@ def one_process(
         add_adapters(model, config.finetune.lora)
     if frozen:
         hold_in(model, dtype)
+    elif config.precision.compute == "fp8":
+        set_float8(model, float8_matrices(config.model, tp=1)[0])
     freeze(model, config.finetune)
     apply_activation_checkpointing(model, config.train.recompute, dropout=has_dropout(config))
     compile_blocks(model, config, device)

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from castalia.config.loss_chunks import CHUNK_BYTES
 from castalia.errors import ConfigError
 from castalia.model.experts import ExpertMLP
-from castalia.model.layers import Linear
+from castalia.model.float8 import float8_linear
+from castalia.model.layers import Linear, linear
 from castalia.model.loss import IGNORE, capped, gain, product, scaled_gradients, slope_of, token_losses
 from castalia.model.mamba import MambaBlock
 from castalia.model.rwkv import RWKVBlock
@@ -292,6 +293,28 @@ def _dropped(module: Linear, rank: int | None, x: Tensor) -> Tensor:
     """
     with _rank_local_rng(rank) if rank is not None and module.training else nullcontext():
         return with_local(x, lambda part: F.dropout(part, module.lora_dropout, module.training))
+
+
+def float8_on_ranks(model: nn.Module) -> None:
+    """Lets each rank multiply its own part of a float8 matrix, whose operands have scales of their own there."""
+    for module in model.modules():
+        if isinstance(module, Linear) and module.float8:
+            module.plain = partial(_float8_part, module)  # type: ignore[method-assign]
+
+
+def _float8_part(module: Linear, x: DTensor, bias: DTensor | None) -> DTensor:
+    """`Linear.plain` of a rank's rows of the weight, or of its columns, whose products are summands."""
+    if not module.training:
+        return linear(x, module.weight, bias)  # type: ignore[return-value]
+    weight: Any = module.weight
+    mesh, by_rows = weight.device_mesh, weight.placements[0].is_shard(0)
+    if by_rows:  # of which each rank has a summand of the input's gradient
+        part = float8_linear(
+            x.to_local(grad_placements=[Partial()]), weight.to_local(), None if bias is None else bias.to_local()
+        )
+        return DTensor.from_local(part, mesh, [Shard(part.dim() - 1)], run_check=False)
+    whole = DTensor.from_local(float8_linear(x.to_local(), weight.to_local()), mesh, [Partial()], run_check=False)
+    return whole if bias is None else whole + bias.to(x.dtype)  # type: ignore[return-value]
 
 
 def replicate_other_parameters(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from castalia.config.attention_kernels import AMPERE, Capability
+from castalia.config.float8_matrices import FIRST_CAPABILITY
 from castalia.errors import ConfigError
 from castalia.machine import total_memory, usable_cores
 from castalia.units import GiB
@@ -48,6 +49,11 @@ class Device:
     def bf16(self) -> bool:
         """Whether it multiplies bf16 in hardware; others emulate it in fp32."""
         return bool({"amx_tile", "avx512_bf16"} & cpu_flags()) if self.capability is None else self.capability >= AMPERE
+
+    @property
+    def float8(self) -> bool:
+        """Whether it multiplies float8, at twice the rate of bf16."""
+        return self.capability is not None and self.capability >= FIRST_CAPABILITY
 
     @property
     def words(self) -> frozenset[str]:

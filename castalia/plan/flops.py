@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import prod
+
+from castalia.config.float8_matrices import float8_matrices
 from castalia.config.schema import LayerKind, ModelConfig
 from castalia.plan.count import active_size
 
@@ -33,6 +36,11 @@ def block_flops(model: ModelConfig, length: int, kind: LayerKind) -> float:
 def blocks_flops(model: ModelConfig, length: int) -> float:
     """Forward operations of all blocks for one token of a sequence of `length` tokens."""
     return sum(block_flops(model, length, kind) for kind in model.layer_kinds)
+
+
+def float8_flops(model: ModelConfig) -> float:
+    """Forward operations of one token in the matrices that `precision.compute=fp8` multiplies in float8."""
+    return 2 * sum(map(prod, float8_matrices(model, tp=1)[0].values()))
 
 
 def head_flops(model: ModelConfig) -> float:

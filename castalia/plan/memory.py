@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 from castalia.config.attention_kernels import AMPERE, Capability, KernelChoice, training_choice
+from castalia.config.float8_matrices import activation_type, float8_matrices
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.scan_chunks import CHUNK_VALUES, SCAN_TOKENS, scan_chunk
@@ -54,7 +55,7 @@ def moments_of(cfg: OptimizerConfig) -> Moments:
 class Compute:
     """What memory depends on besides the model and the layout."""
 
-    precision: str = "bf16"  # or "fp16" or "fp32"
+    precision: str = "bf16"  # of activations; or "fp16" or "fp32"
     device: str = "cuda"  # or "cpu", where RMSNorm is not one fused operation
     moments: Moments = Moments()
     finetune: FinetuneConfig = EVERYTHING
@@ -62,6 +63,7 @@ class Compute:
     reference: bool = False  # a frozen reference model is in memory as well
     capability: Capability = AMPERE  # of the GPUs
     documents: bool = False  # tokens attend only within their document
+    float8: bool = False  # attention's and dense MLPs' matrices multiply in float8
 
     @property
     def element_bytes(self) -> int:
@@ -80,9 +82,9 @@ class Compute:
 
 
 def compute_of(config: RunConfig, precision: str, device: str, capability: Capability = AMPERE) -> Compute:
-    """The `Compute` of a run. `precision`: "bf16", "fp16" or "fp32"; `device`: "cuda" or "cpu"."""
+    """The `Compute` of a run. `precision`: "bf16", "fp16", "fp8" or "fp32"; `device`: "cuda" or "cpu"."""
     return Compute(
-        precision,
+        activation_type(precision),
         device,
         moments_of(config.optimizer),
         config.finetune,
@@ -90,6 +92,7 @@ def compute_of(config: RunConfig, precision: str, device: str, capability: Capab
         needs_reference(config),
         capability,
         config.data.mask_documents,
+        precision == "fp8",
     )
 
 
@@ -262,6 +265,8 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
     softmax = 4 * tokens * model.num_heads // tp  # bytes of the flash kernel's log-sums, fp32 [tokens, heads]
 
     reads = _inputs_kept(model, compute.finetune)  # modules whose input autograd keeps
+    eights = _float8_inputs(model, tp, reads) if compute.float8 else {}  # and those of which it keeps float8 values
+    reads -= eights.keys()
     reading = ["attn.qkv" in reads, bool({"mlp.up", "mlp.gate"} & reads)]
     num_norms = 1 if model.has_one_norm else 4 if model.norm_placement == "both" else 2
     outputs = any(reading) if model.has_one_norm else sum(reading)
@@ -291,6 +296,7 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
     norms += outputs * stream * size + num_norms * 8 * tokens
     masks = 2 * stream * (1 if compute.device == "cuda" else size) if model.hidden_dropout else 0
     whole = norms + (attention + copies + mlp) * size + softmax + scores + masks
+    whole += int(tokens * sum(eights.values()))
 
     if layout.recompute == "none":
         return Activations(whole, whole, 0)
@@ -301,6 +307,17 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
     products = attended + inner
     kept = (stream + products + 2 * stream) * size + softmax  # with the block's input and two [tokens, hidden] outputs
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
+
+
+@lru_cache
+def _float8_inputs(model: ModelConfig, tp: int, reads: frozenset[str]) -> dict[str, float]:
+    """Modules that keep their input in float8, with its width, averaged over the blocks with attention."""
+    widths: dict[str, float] = {}
+    for name, (_, columns) in float8_matrices(model, tp)[0].items():
+        module = row_of(f"{name}.weight").module
+        if module in reads:
+            widths[module] = widths.get(module, 0.0) + columns / model.attention_layers
+    return widths
 
 
 class _Inner(NamedTuple):
@@ -443,6 +460,12 @@ class Rank:
     def block(self) -> int:
         """Parameters of one block, before they are sharded over data-parallel ranks."""
         return self.sizes["blocks"] // self.model.num_layers
+
+    @property
+    def float8_block(self) -> int:
+        """Of the parameters of one block those that multiply in float8."""
+        matrices = float8_matrices(self.model, self.layout.tp)[0].values() if self.compute.float8 else ()
+        return sum(map(prod, matrices)) // self.model.num_layers
 
     @property
     def trained_block(self) -> int:
@@ -611,7 +634,14 @@ class Rank:
             # What the channel mix kept is free by then.
             kept = _channel_values(self.model, self.tokens, self.layout.tp)
             mlp += max(0, scan - kept * self.compute.element_bytes)
+        mlp += self._float8_work
         return max(mlp, 4 * self.attending.scores + 2 * self.stream)  # the two exist one after the other
+
+    @property
+    def _float8_work(self) -> int:
+        """What a float8 product's backward pass makes of its gradient, its input and its weight."""
+        matrices = float8_matrices(self.model, self.layout.tp)[0].values() if self.compute.float8 else ()
+        return max((3 * self.tokens * rows + 2 * self.tokens * columns for rows, columns in matrices), default=0)
 
     @property
     def _head_gradient(self) -> int:
@@ -648,7 +678,7 @@ class Rank:
             return size * self.parameters + (4 - size) * self.stage.layers * self._wide
         if self.layout.zero == 3 and elsewhere:  # the block being computed and the one being prefetched
             return 2 * gathered + (size * self.head if head else 0)
-        cast = self.block - self._wide
+        cast = self.block - self._wide - self.float8_block  # float8 copies are made anew for each product
         return size * (blocks * cast + (self.head if head else 0)) if self.compute.casts else 0
 
     @cached_property

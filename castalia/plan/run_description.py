@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from castalia.config.attention_kernels import AMPERE, Capability, KernelChoice, reasons_for_bias, training_choice
+from castalia.config.float8_matrices import activation_type, describe_float8
 from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.schema import RunConfig
 from castalia.plan.devices import auto_precision
@@ -70,11 +71,12 @@ def clipping(config: RunConfig) -> str:
 
 def precision(config: RunConfig, device: str | None = None) -> str:
     """The number formats of the run. `device`: "cpu" or "cuda", None if unknown."""
-    compute = {"auto": "bf16 where the hardware has it, else fp32,"}.get(
-        config.precision.compute, config.precision.compute
-    )
+    wanted = config.precision.compute
+    compute = {"auto": "bf16 where the hardware has it, else fp32,"}.get(wanted, wanted)
     rest = "fp32 weights, gradients and optimizer state; norms, softmax and loss are summed in fp32"
-    more = {"fp16": f"; {loss_scale(config)}"}
+    more = {"fp16": f"; {loss_scale(config)}", "fp8": f"; {describe_float8(config)}"}
+    if device == "cpu":
+        more["fp8"] += "; on a CPU for its numbers alone, as the same values are multiplied in bf16, more slowly"
     if device == "cuda":
         more["fp32"] = "; no TF32 (10 bits, faster, Ampere and later: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1)"
     return f"{compute} compute; {rest}{more.get(compute, '')}"
@@ -91,7 +93,7 @@ def attention(config: RunConfig, device: str | None = None, capability: Capabili
 
     `device`: "cpu" or "cuda", None if unknown. `capability`: of the GPUs.
     """
-    model, length, parallel = config.model, config.data.seq_length, config.parallel
+    model, length, parallel, wanted = config.model, config.data.seq_length, config.parallel, config.precision.compute
     if model is None:
         return "unknown: no model is described"
     masked = " and ".join(reasons_for_bias(model, model.window, length, config.data.mask_documents))
@@ -104,7 +106,7 @@ def attention(config: RunConfig, device: str | None = None, capability: Capabili
     choice = training_choice(
         model,
         None if device == "cpu" else capability,
-        auto_precision(capability >= AMPERE) if config.precision.compute == "auto" else config.precision.compute,
+        activation_type(auto_precision(capability >= AMPERE) if wanted == "auto" else wanted),
         length,
         documents=config.data.mask_documents,
         gathers=parallel.cp > 1 and parallel.cp_kind == "gather",

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from castalia.config.attention_kernels import AMPERE, Capability
 from castalia.config.batch import batch_plan, fitting_batch, steps_within, sum_until, tokens_until
+from castalia.config.float8_matrices import refuse_float8
 from castalia.config.layout_rules import multiples, stages_per_rank
 from castalia.config.objective import PAIRED
 from castalia.config.schema import ModelConfig, RunConfig, split_shares
@@ -183,7 +184,10 @@ def described(config: RunConfig) -> ModelConfig:
 
 def settled(config: RunConfig, hardware: Hardware | None) -> RunConfig:
     """The config with precision.compute=auto replaced by its value on the devices, if they are known."""
-    if hardware is None or config.precision.compute != "auto":
+    wanted = config.precision.compute
+    if hardware and hardware.device.capability and wanted == "fp8":
+        refuse_float8(hardware.device.name, hardware.device.capability)
+    if hardware is None or wanted != "auto":
         return config
     return config.with_({"precision.compute": auto_precision(hardware.device.bf16)})
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from castalia.config.float8_matrices import float8_matrices
 from castalia.config.schema import ModelConfig
 from castalia.plan.devices import NODE, Device
-from castalia.plan.flops import blocks_flops, executed_flops, head_flops
+from castalia.plan.flops import blocks_flops, executed_flops, float8_flops, head_flops
 from castalia.plan.layout import Layout, bubble, rank_parts
 from castalia.plan.memory import Compute, Memory, Rank
 
@@ -87,15 +88,19 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     balance = slowest * layout.pp / (model.num_layers * block + head)
 
     operations = executed_flops(model, job.length, layout.recompute) * layout.batch * length / layout.gpus
+    if job.compute.float8 and device.float8:  # at twice the rate
+        passes = 4 if layout.recompute == "full" else 3
+        operations -= passes * float8_flops(model) / 2 * layout.batch * length / layout.gpus
     compute = balance * operations / (device.peak_tflops(job.compute.precision) * 1e12 * job.efficiency)
     parameters = max(rank.parameters for rank in ranks)
     layers = max(part.layers for part in parts)
     activations = TIMES_MOVED * layers * ranks[0].one.whole * (4 / 3 if layout.recompute == "full" else 1)
     if layout.recompute == "selective":
         activations += 2 * layers * ranks[0].one.again
-    traffic = layout.accumulation * (parameters * (3 * size + 8) + activations) / (device.bandwidth * 1e9)
-
     tokens = layout.micro_batch * length // layout.cp
+    casts = layers / model.num_layers * _float8_casts(model, layout.tp, tokens) if job.compute.float8 else 0.0
+    traffic = layout.accumulation * (parameters * (3 * size + 8) + activations + casts) / (device.bandwidth * 1e9)
+
     sums = (6.0 if layout.recompute == "full" else 4.0) * layers * layout.accumulation
     if model.parallel_residual:
         sums /= 2  # attention and MLP share one all-reduce
@@ -114,6 +119,16 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     experts = travels * tokens * model.hidden_size * size / _collective_rate(device, layout.expert, 1)
     busy = compute + traffic + tensor + experts
     return Costs(compute, traffic, tensor, data, experts, busy * bubble(layout))
+
+
+def _float8_casts(model: ModelConfig, tp: int, tokens: int) -> float:
+    """Bytes that a micro-batch moves to make the operands of all float8 products.
+
+    Inputs and gradients, in bf16, are read twice, for the largest value and for all, and their bytes are written, and
+    turned for the product that gives the weight's gradient; fp32 weights so in both passes.
+    """
+    matrices = float8_matrices(model, tp)[0].values()
+    return sum(7 * tokens * (rows + columns) + 20 * rows * columns for rows, columns in matrices)
 
 
 def _collective_rate(device: Device, ranks: int, apart: int) -> float:

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from castalia.config.float8_matrices import activation_type, refuse_float8
 from castalia.errors import ConfigError
 from castalia.machine import free_memory, usable_cores
 from castalia.parallel.rendezvous import world_size
@@ -52,7 +53,19 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The type of activations; `auto` is bf16 where the device multiplies it natively, else fp32."""
     if wanted == "auto":
         wanted = auto_precision(has_bf16(device))
-    return DTYPES[wanted]
+    return DTYPES[activation_type(wanted)]
+
+
+def require_float8(device: torch.device) -> None:
+    """Raises ConfigError for a GPU that does not multiply float8. CPUs multiply the same values in bf16."""
+    if device.type == "mps":
+        raise ConfigError("precision.compute=fp8 is for NVIDIA's GPUs, and Apple's have no float8; set =fp32")
+    if device.type == "cuda" and torch.version.hip:
+        raise ConfigError(
+            "precision.compute=fp8 is for NVIDIA's GPUs, as AMD's have other formats; set precision.compute=bf16"
+        )
+    if device.type == "cuda":
+        refuse_float8(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import refuse_contradictions, require_training
+from castalia.config.float8_matrices import activation_type
 from castalia.config.schema import CompleteConfig, EarlierBatch, ModelConfig, RunConfig, complete
 from castalia.data.loader import Samples
 from castalia.data.pairs import Pairs, open_samples
@@ -24,7 +25,7 @@ from castalia.parallel.process_group import main_first
 from castalia.parallel.rank_grid import layout
 from castalia.parallel.rendezvous import world_size
 from castalia.train.compiling import CompilePlan, plan_compiling
-from castalia.train.hardware import DTYPES, choose_device, choose_dtype, name_of
+from castalia.train.hardware import DTYPES, choose_device, choose_dtype, name_of, require_float8
 from castalia.train.reference_model import as_reward_model, needs_reference, with_reference, with_reward_head
 from castalia.train.run_facts import refuse_foreign_tokens
 from castalia.train.run_folder import holds_checkpoint, refuse_second_start, run_folder
@@ -83,7 +84,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
         plan=plan,
         data=data,
         device=device,
-        dtype=DTYPES[settled.precision.compute],
+        dtype=DTYPES[activation_type(settled.precision.compute)],
         compiling=plan_compiling(settled, device, plan.batch_size),
     )
 
@@ -125,12 +126,14 @@ def infer_settings(config: RunConfig, source: Checkpoint | None) -> tuple[Comple
         "init": model.init or ("neox" if config.neox_exact else "seeded"),
         **vocabulary_sizes(config, model, source, tokenizer, grows=bool(finetune.add_tokens)),
     }
-    dtype = choose_dtype(config.precision.compute, choose_device(config.train.device))
+    compute, device = config.precision.compute, choose_device(config.train.device)
+    if compute == "fp8":
+        require_float8(device)
     rule = config.precision.loss_scale.rule or ("zero" if config.parallel.zero else "stage0")
     inferred = config.with_(
         {
             "model": model.with_(sizes),
-            "precision.compute": name_of(dtype),
+            "precision.compute": "fp8" if compute == "fp8" else name_of(choose_dtype(compute, device)),
             "precision.loss_scale.rule": rule,
             "finetune": finetune,
         }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from castalia.config.float8_matrices import float8_matrices
 from castalia.config.scan_chunks import CHUNK_VALUES
 from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig, OptimizerConfig, PreferenceConfig
 from castalia.model import transformer
+from castalia.model.float8 import set_float8
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
@@ -61,6 +63,8 @@ def peak_bytes(model: ModelConfig, layout: Layout, dtype: torch.dtype, compute: 
     """Most bytes that tensors hold during a training step, parameters and optimizer state included."""
     compute = compute or Compute()
     transformer = build(model, dtype, compute.finetune)
+    if compute.float8:
+        set_float8(transformer, float8_matrices(model, tp=1)[0])
     reference = build(model, dtype, FinetuneConfig()) if compute.reference else None
     apply_activation_checkpointing(transformer, layout.recompute, dropout=False)
     optimizer = make_optimizer(dict(transformer.named_parameters()), OptimizerConfig())
@@ -292,3 +296,12 @@ def test_ranks_hold_a_part_of_the_experts(layout, part) -> None:
     shards = rank.shards
     assert rank.memory().masters == 4 * (dense // shards + experts // part)
     assert rank.parameters == dense + experts // layout.expert  # what is gathered to compute with
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("family", ["neox", "llama", "small vocabulary"])
+def test_so_do_products_in_float8(family, recompute) -> None:
+    model = ModelConfig(**(BASE | FAMILIES[family]))
+    layout, compute = Layout(micro_batch=3, recompute=recompute), Compute("bf16", "cpu", float8=True)
+    planned = Rank(model, layout, Stage(0, model.num_layers, True, True), LENGTH, compute).memory().total
+    assert planned == pytest.approx(peak_bytes(model, layout, torch.bfloat16, compute), rel=0.05)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import log2
 from typing import Any
 
+from castalia.config.float8_matrices import activation_type
 from castalia.config.load import load_config
 from castalia.config.neox import model_keys
 from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed, truth
@@ -171,10 +172,10 @@ def _training(config: RunConfig) -> dict[str, Any]:
 
 
 def _precision(config: RunConfig) -> dict[str, Any]:
-    scale = config.precision.loss_scale
-    if config.precision.compute == "bf16":  # without fp32 accumulation GPT-NeoX trains with another optimizer
+    scale, compute = config.precision.loss_scale, activation_type(config.precision.compute)
+    if compute == "bf16":  # without fp32 accumulation GPT-NeoX trains with another optimizer
         return {"precision": "bfloat16", "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    if config.precision.compute != "fp16":
+    if compute != "fp16":
         return {"precision": "fp32"}
     block = {
         "enabled": True,

@@ -125,6 +125,8 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerC
         keys = {key: value for key, value in keys.items() if key not in LATER_KEYS} | _silent_today(config)
     notes = [batch_note, clip_note, *_left_out(checkpoint, config, keys), *other_data(checkpoint.config)]
     notes.append(rows_note(checkpoint, rows))
+    if checkpoint.config.precision.compute == "fp8":
+        notes.append(f"precision.compute=fp8: NeoX continues in {PRECISIONS[dtype]} (its te_fp8 is another recipe)")
     rounds = layout.tp & (layout.tp - 1) or (layout.tp > 1 and dtype == torch.float16)
     if rounds and model.parallel_residual and (model.attention_bias or model.mlp_bias):
         notes.append(
