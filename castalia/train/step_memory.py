@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch.autograd.profiler import profile as autograd_profile
 from torch.profiler import ProfilerActivity, profile
 
 from castalia.config.attention_kernels import AMPERE
@@ -20,9 +21,13 @@ def open_profile(device: torch.device) -> profile:
     """torch's profiler of operations and memory on the CPU and the device; the caller starts it."""
     if device.type == "cuda":
         return profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], profile_memory=True)
-    # Without a GPU the profiler's library only writes two lines about a tracing system, "USDT", to stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    _quieten()
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def _quieten() -> None:
+    """Without a GPU the profiler's library only writes two lines about a tracing system, "USDT", to stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 class PeakMemory:
@@ -36,7 +41,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
-            self.profiler = open_profile(self.device)
+            _quieten()
+            # Not `torch.profiler`, which imports torch's compiler: two CPU seconds.
+            self.profiler = autograd_profile(profile_memory=True, use_kineto=True)
             self.profiler.__enter__()
         return self
 
@@ -45,7 +52,7 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
             return
         self.profiler.__exit__(*error)
-        results: Any = self.profiler.profiler.kineto_results  # type: ignore[union-attr]
+        results: Any = self.profiler.kineto_results
         events = [event for event in results.events() if event.name() == "[memory]"]
         # The CPU has no counter of peak memory, so the profiler's allocations are added up in their order.
         held = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -305,3 +308,12 @@ def test_so_do_products_in_float8(family, recompute) -> None:
     layout, compute = Layout(micro_batch=3, recompute=recompute), Compute("bf16", "cpu", float8=True)
     planned = Rank(model, layout, Stage(0, model.num_layers, True, True), LENGTH, compute).memory().total
     assert planned == pytest.approx(peak_bytes(model, layout, torch.bfloat16, compute), rel=0.05)
+
+
+def test_measuring_imports_no_compiler() -> None:
+    code = (
+        "import sys, torch; from castalia.train.step_memory import PeakMemory\n"
+        "with PeakMemory(torch.device('cpu')) as peak: torch.ones(1000)\n"
+        "assert peak.bytes >= 4000 and not {'torch._dynamo', 'torch._inductor'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
