@@ -58,13 +58,18 @@ def rows_of(path: Path) -> dict[str, Row]:
     return rows
 
 
+def ratio(new: float, old: float) -> float:
+    """new / old. A clock of ten milliseconds may have seen nothing of a short row: then 1 if it still does."""
+    return new / old if old else float("inf") if new else 1.0
+
+
 def verdict(old: Row, new: Row, tolerance: float) -> str:
     """ "slower", "faster", "same", or why it cannot be told."""
     if old.setups != new.setups:
         return "another machine or setting"
     if old.busy or new.busy:
         return "busy"
-    changes = new.fastest / old.fastest, new.median / old.median
+    changes = ratio(new.fastest, old.fastest), ratio(new.median, old.median)
     if min(changes) > 1 + tolerance:
         return "slower"
     return "faster" if max(changes) < 1 - tolerance else "same"
@@ -92,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = verdict(a, b, args.tolerance)
         slower += found == "slower"
         times = [f"{row.fastest * 1e3:.2f} ({row.median * 1e3:.2f})" for row in (a, b)]
-        ratio = f"{b.fastest / a.fastest:.2f} ({b.median / a.median:.2f})"
-        print(f"| {name} | {' | '.join(times)} | {ratio} | {found} |")
+        changes = f"{ratio(b.fastest, a.fastest):.2f} ({ratio(b.median, a.median):.2f})"
+        print(f"| {name} | {' | '.join(times)} | {changes} | {found} |")
     for name in sorted(old.keys() ^ new.keys()):
         print(f"| {name} | | | | only {'before' if name in old else 'now'} |")
     return 1 if slower else 0

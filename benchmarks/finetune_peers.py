@@ -25,6 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import results
+
 KJV = Path(__file__).parent.parent / "examples/kjv/kjv.jsonl"
 RATE, RANK, BETA = 1e-4, 8, 0.1
 WORDS = 16  # of a prompt, and of an answer
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="full,lora,dpo")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    results.option(parser)
     given = parser.parse_args()
     if given.side:
         result = {"ours": ours, "trl": theirs}[given.side](given.kinds, Path(given.folder), given)
@@ -62,6 +65,8 @@ def main() -> None:
         for kind in given.kinds.split(","):
             pairs = [[side(name, kind, folder, given) for name in ("ours", "trl")] for _ in range(given.rounds)]
             print(row(kind, pairs), flush=True)
+            for number, who in enumerate(("ours", "TRL")):
+                results.record(f"{kind}, {who}, a step", [pair[number]["seconds"] for pair in pairs], "cpu")
 
 
 def side(name: str, kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import results
 import torch
 
 from castalia.config.load import load_config
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--runs", default="all", choices=("rates", "law", "all"))
     parser.add_argument("--rate", type=float, default=0.006, help="of the runs for the law")
     parser.add_argument("--threads", type=int, default=1)
+    results.option(parser)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as name:
@@ -88,7 +90,10 @@ def main() -> None:
         runs = RATES if asked.runs != "law" else []
         runs += [(*size, asked.rate, BATCH, tokens * K) for *size, tokens in LAW] if asked.runs != "rates" else []
         for each in runs:
-            print(json.dumps(run(folder, *each)), flush=True)
+            found = run(folder, *each)
+            print(json.dumps(found), flush=True)
+            name = "{layers} x {width}, rate {rate}, {tokens} tokens".format(**found)
+            results.record(name, [found["cpu_seconds"]], "cpu")
 
 
 if __name__ == "__main__":

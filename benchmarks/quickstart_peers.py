@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import results
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gpt2", action="store_true", help="GPT-2's own size, too")
     parser.add_argument("--run", type=Path, help="what an earlier call of `castalia start` left, instead of a new one")
+    results.option(parser)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as name:
@@ -145,6 +147,8 @@ def main() -> None:
             peers.append(Peer("transformers, GPT-2", 12, 768, 12, 1024, RATE))
         for row in chain(rows, (theirs(peer, run, asked.minutes) for peer in peers)):
             print(json.dumps(row), flush=True)
+            spent = row["training_seconds"] * row["cores"]
+            results.record(f"{row['name']}, 1,000 tokens", [1000 * spent / row["tokens"]], "cpu")
 
 
 if __name__ == "__main__":

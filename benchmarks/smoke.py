@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import results
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="a folder for what each row prints")
     parser.add_argument("--quick", action="store_true", help="a dry run on the CPU")
     parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
+    results.option(parser)
     args = parser.parse_args()
     if args.measure:
         passed, seen = MEASUREMENTS[args.measure](args.quick)
@@ -273,6 +275,8 @@ def main() -> None:
             ):
                 failed += not passed
                 print(f"| {row} | {'pass' if passed else 'FAIL'} | {seconds:.1f} | {seen} |", flush=True)
+                if passed:
+                    results.record(row, [seconds])
     sys.exit(f"{failed} rows failed" if failed else 0)
 
 

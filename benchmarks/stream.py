@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import results
+
 WINDOW, READERS = 8 << 20, 4
 DECODED = 4  # tokens
 
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("."))
     parser.add_argument("--only", help="one measurement, in this process")
+    results.option(parser)
     options = parser.parse_args()
     if options.only:
         measured(options)
@@ -73,6 +76,8 @@ def report(options: argparse.Namespace, place: Path) -> None:
 
 def show(what: str, found: dict[str, float]) -> None:
     others = "  ".join(f"{name} {value:.9g}" for name, value in found.items() if name not in ("seconds", "peak"))
+    if "seconds" in found:
+        results.record(what, [found["seconds"]])
     print(f"{what:<24} {found.get('seconds', float('nan')):8.2f} s   anonymous {found['peak'] / 1e9:.2f} GB   {others}")
 
 

@@ -33,6 +33,13 @@ def test_a_row_is_slower_where_fastest_and_median_are(tmp_path, capsys, new, cha
     assert f"| {word} |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("new", "code", "word"), [([0.0], 0, "same"), ([0.01], 1, "slower")])
+def test_rows_that_took_no_time(tmp_path, capsys, new, code, word):
+    old = written(tmp_path / "old", ("--help", [0.0, 0.0]))
+    assert compare.main([str(old), str(written(tmp_path / "new", ("--help", new)))]) == code
+    assert f"| {word} |" in capsys.readouterr().out
+
+
 def test_processor_time_counts_on_a_busy_machine(tmp_path, capsys):
     sides = [
         written(tmp_path / name, ("decode", seconds), busy=True, clock="cpu")
