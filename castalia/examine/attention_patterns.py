@@ -7,6 +7,7 @@ from torch import Tensor
 
 from castalia.config.attention_kernels import KernelChoice
 from castalia.model.attention import Recurrent
+from castalia.model.loss import capped
 
 
 class AttentionPatterns:
@@ -44,11 +45,13 @@ class AttentionPatterns:
         bias: Tensor | None = None,
         dropout_p: float = 0.0,
         scale: float | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """q [b, n, t, d], k and v [b, kv, t, d] -> [b, n, t, d]. The weights are kept."""
         group = q.shape[1] // k.shape[1]  # query heads per key/value head
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = capped(scores, softcap)
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -torch.inf) if bias is None else scores + bias
         self.layers[layer] = scores.softmax(-1)

@@ -131,7 +131,7 @@ MISTAKES = [
     ('train: {steps: "200"}\n', "a.yml:1: train.steps: '200': is quoted text, not a number: remove the quotes"),
     ("optimizer: {lr: 0}\n", "a.yml:1: optimizer.lr: 0: is not greater than 0; a number above 0 (default 0.0003)"),
     ("optimizer: {betas: [0.9]}\n", "a.yml:1: optimizer.betas.1 is missing"),
-    ("train: {device: gpu}\n", "a.yml:1: train.device: 'gpu': is none of 'auto', 'cpu' or 'cuda'"),
+    ("train: {device: gpu}\n", "a.yml:1: train.device: 'gpu': is none of 'auto', 'cpu', 'cuda' or 'mps'"),
     ("log: {every: .inf}\n", "a.yml:1: log.every: inf: is no"),
     ("optimizer: {lr: .nan}\n", "a.yml:1: optimizer.lr: nan: is not"),
     ("train: 3\n", "a.yml:1: train: 3 is not a section; write `train:` and indent its keys below it"),

@@ -11,7 +11,7 @@ def test_the_core_path_is_short_and_all_of_it_exists():
     section = PAGE.partition("## The core path")[2].partition("\n## ")[0]
     files = [ROOT / "castalia" / name for name in re.findall(r"`([\w/]+\.py)`", section)]
     assert len(files) > 25
-    assert sum(len(path.read_text().splitlines()) for path in files) < 7000
+    assert sum(len(path.read_text().splitlines()) for path in files) < 7300
 
 
 def test_each_module_of_the_page_exists():

@@ -547,7 +547,7 @@ def best_of(folder):
 
 def test_the_best_checkpoint_is_kept_beside_the_last_whatever_is_pruned(tiny, tmp_path):
     options = [
-        "optimizer.lr=0.3",
+        "optimizer.lr=1.0",
         "schedule.style=constant",
         "eval.every=2",
         "checkpoint.every=4",

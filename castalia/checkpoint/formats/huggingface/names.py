@@ -287,7 +287,7 @@ def lacking(model: ModelConfig, holds: Mapping[str, set | None]) -> list[str]:
     result = [
         f"model.{key}={values[key]} (only {' or '.join(str(value) for value in allowed)})"
         for key, allowed in holds.items()
-        if allowed is not None and values[key] not in allowed
+        if allowed is not None and values[key] not in list(allowed)  # some values are dicts
     ]
     return result + [
         f"model.{key}={values[key]}"
