@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from os.path import normpath
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
@@ -197,6 +198,15 @@ class ExpertsConfig(Section):
         return self.router == "balanced" and self.top_k > 1 if self.norm_topk is None else self.norm_topk
 
 
+@lru_cache
+def _layer_kinds(pattern: tuple[Any, ...], num_layers: int, mixed: range) -> tuple[LayerKind, ...]:
+    """What stands in each block; kept, since a plan asks for it a hundred thousand times."""
+    mixers = (pattern[layer % len(pattern)] for layer in range(num_layers))
+    return tuple(
+        mixer if mixer != "attention" else "moe" if layer in mixed else "dense" for layer, mixer in enumerate(mixers)
+    )
+
+
 class ModelConfig(Section):
     """The architecture and its initial values."""
 
@@ -354,14 +364,8 @@ class ModelConfig(Section):
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """What stands in each block."""
-        return tuple(self._kind(layer) for layer in range(self.num_layers))
-
-    def _kind(self, layer: int) -> LayerKind:
-        mixer = self.pattern[layer % len(self.pattern)]
-        if mixer != "attention":
-            return mixer
-        mixed = self.experts and layer >= self.experts.first and (layer - self.experts.first) % self.experts.every == 0
-        return "moe" if mixed else "dense"
+        mixed = range(self.experts.first, self.num_layers, self.experts.every) if self.experts else range(0)
+        return _layer_kinds(tuple(self.pattern), self.num_layers, mixed)
 
     @property
     def attention_layers(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -51,7 +52,7 @@ def active_size(model: ModelConfig, kind: LayerKind) -> int:
 
 def non_embedding(model: ModelConfig) -> int:
     """Parameters of the blocks and the final norm. Needs no vocabulary."""
-    blocks = sum(block_size(model, kind) for kind in model.layer_kinds)
+    blocks = sum(number * block_size(model, kind) for kind, number in Counter(model.layer_kinds).items())
     return blocks + sum(map(prod, shapes_of(FINAL_NORM, model).values()))
 
 

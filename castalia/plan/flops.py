@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 
 from castalia.config.float8_matrices import float8_matrices
@@ -35,7 +36,7 @@ def block_flops(model: ModelConfig, length: int, kind: LayerKind) -> float:
 
 def blocks_flops(model: ModelConfig, length: int) -> float:
     """Forward operations of all blocks for one token of a sequence of `length` tokens."""
-    return sum(block_flops(model, length, kind) for kind in model.layer_kinds)
+    return sum(number * block_flops(model, length, kind) for kind, number in Counter(model.layer_kinds).items())
 
 
 def float8_flops(model: ModelConfig) -> float:
