@@ -31,6 +31,11 @@ def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) ->
         return
     if missing := missing_compiler(device.type):
         raise ConfigError(f"train.compile=true needs {missing}; install it, or set train.compile=auto")
+    if config.precision.compute == "fp8" and device.type == "cpu":
+        raise ConfigError(
+            "train.compile=true: the code that torch's compiler writes for CPUs does not build with "
+            "precision.compute=fp8; set train.compile=false"
+        )
     if config.parallel.pipeline == "zero-bubble":  # its backward runs a graph twice: for inputs, for weights
         torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = code_folder()

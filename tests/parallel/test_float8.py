@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from castalia.errors import ConfigError
+from castalia.parallel.compile import compile_blocks
 from tests.checkpoint.made import made, written
 from tests.parallel.test_adapters import MODELS
-from tests.parallel.test_compile import compiled_steps
 from tests.parallel.training import assert_copies_are_equal, train_steps
 
 pytestmark = pytest.mark.xdist_group("pool")
@@ -53,10 +56,7 @@ def test_adapters_beside_float8(pool, tiny, base, layout):
     np.testing.assert_allclose(ranks[0].losses, plain.losses, rtol=5e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["one process", "tp2", "zero3"])
-def test_compiled_blocks_multiply_in_float8(pool, tiny, name):
-    world, layout = LAYOUTS.get(name, (1, []))
-    answers = pool.run(compiled_steps, world, tiny("neox-parallel", FLOAT8, *layout, "train.compile=true"), 3)
-    eager = pool.run(train_steps, world, tiny("neox-parallel", FLOAT8, *layout), 3)
-    np.testing.assert_allclose(answers[0][0].losses, eager[0].losses, rtol=1e-3)
+def test_compiling_for_a_cpu_is_refused(tiny):
+    config = tiny("neox-parallel", FLOAT8, "train.compile=true")
+    with pytest.raises(ConfigError, match="does not build with precision.compute=fp8"):
+        compile_blocks(nn.Module(), config, torch.device("cpu"))
