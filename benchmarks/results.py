@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from castalia.machine import processor_name
+
 BUSY = 0.1  # of one core that other programs took while a row was measured
 file: Path | None = None  # that rows are added to
 
@@ -67,10 +69,7 @@ def record(row: str, seconds: Sequence[float], clock: str = "wall") -> None:
 
 
 def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        name = next((line.partition(":")[2].strip() for line in info.open() if line.startswith("model name")), name)
-    return f"{os.cpu_count()} x {name}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} x {processor_name()}, Python {platform.python_version()}"
 
 
 def _threads() -> int:

@@ -1,8 +1,9 @@
-"""What this process may use of its machine: cores and memory."""
+"""What this process may use of its machine: cores, memory, the user's cache; and the processor's name."""
 
 from __future__ import annotations
 
 import os
+import platform
 import resource
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,23 @@ GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can find out again; the folder need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castalia"
+
+
+def first_core() -> dict[str, str]:
+    """What Linux says of the first core, such as "model name" and "flags"; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def processor_name() -> str:
+    """The processor's name for people; on ARM, whose cores have none, its kind."""
+    return first_core().get("model name") or platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:
@@ -74,6 +92,5 @@ def close_gaps() -> None:
 
 def _glibc() -> Any:
     import ctypes
-    import platform
 
     return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None

@@ -19,6 +19,7 @@ import numpy as np
 
 from castalia.bars import Advance, unseen
 from castalia.files import appearing, write_text
+from castalia.machine import cache_folder
 
 log = logging.getLogger(__name__)
 Arrays = tuple[np.ndarray, ...]
@@ -133,5 +134,4 @@ def _writable(folder: Path) -> bool:
 
 
 def _fallback(folder: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "castalia" / "index" / digest_of(str(folder))
+    return cache_folder() / "index" / digest_of(str(folder))

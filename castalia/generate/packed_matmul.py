@@ -7,14 +7,18 @@ Weights have the precision in the name of the class; inputs and outputs are fp32
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from castalia.generate.fastest import Ways, fastest
+
 ROUNDED = 1 << 22  # elements that are rounded to int8 at a time
 WIDENED = 1 << 20  # elements of int8 weights that are widened at a time
-SHARES = 8  # at least: MKL reads weights at the memory's rate only where it has several products to do at once
+SHARES = 8  # at least, where one row is multiplied in shares
+PROBE = (4096, 1024)  # weights [out, in] with which the ways to multiply one row are measured
 FEWEST = 4  # rows for which oneDNN's kernels are good; fewer are filled up, which saves a quarter to two thirds
 FEW = 12  # rows; with more, widening int8 weights costs less than a kernel that does row after row
 
@@ -22,8 +26,8 @@ FEW = 12  # rows; with more, widening int8 weights costs less than a kernel that
 class Fp32Product(nn.Module):
     """fp32 weights [out, in].
 
-    For one row, weights keep their order and are multiplied in shares, which takes a third to a half of the time of
-    one product. For several rows, they are in oneDNN's order, which takes half the time of MKL's.
+    For one row, weights keep their order, and whichever is faster on this machine is done: one product, or one in
+    shares (see `takes_shares`). For several rows, they are in oneDNN's order, which takes half the time of MKL's.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -31,11 +35,14 @@ class Fp32Product(nn.Module):
         self.weight, self.bias = weight.detach().float(), None if bias is None else bias.detach().float()
         self.multiply = few_rows if torch.backends.mkldnn.is_available() else F.linear
         self.shares: Tensor | None = None
-        if rows > 1 and self.multiply is few_rows:
+        self.reordered = rows > 1 and self.multiply is few_rows
+        if self.reordered:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, max(rows, FEWEST))
-            return
-        self.out, threads = len(weight), torch.get_num_threads()
-        count = threads * math.ceil(SHARES / threads)  # as many for each thread
+        elif takes_shares(torch.get_num_threads()):
+            self._share()
+
+    def _share(self) -> None:
+        self.out, count = len(self.weight), number_of_shares(torch.get_num_threads())
         missing = -self.out % count
         whole, biases = self.weight, self.bias
         if missing:
@@ -46,13 +53,45 @@ class Fp32Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if self.shares is None or x.numel() != x.shape[-1]:
+        if self.reordered or x.numel() != x.shape[-1]:
             return self.multiply(x, self.weight, self.bias)
-        # Any other view of x [in] as columns [shares, in, 1] is five times slower.
-        columns = x.view(1, 1, -1).expand(self.shares.shape[0], -1, -1).transpose(1, 2)
-        biases, shares = self.biases, self.shares
-        out = shares @ columns if biases is None else torch.baddbmm(biases, shares, columns)
-        return out.view(-1)[: self.out].view(*x.shape[:-1], self.out)
+        if self.shares is None:
+            row = x.view(-1)
+            out = self.weight.mv(row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
+            return out.view(*x.shape[:-1], -1)
+        out = in_shares(x, self.shares, self.biases).view(-1)
+        return out[: self.out].view(*x.shape[:-1], self.out)
+
+
+def in_shares(x: Tensor, shares: Tensor, biases: Tensor | None) -> Tensor:
+    """One row x [..., in] by weights [shares, outputs, in] -> [shares, outputs, 1]."""
+    # Any other view of x [in] as columns [shares, in, 1] is five times slower.
+    columns = x.view(1, 1, -1).expand(len(shares), -1, -1).transpose(1, 2)
+    return shares @ columns if biases is None else torch.baddbmm(biases, shares, columns)
+
+
+def number_of_shares(threads: int) -> int:
+    """As many for each thread."""
+    return threads * math.ceil(SHARES / threads)
+
+
+@cache
+def takes_shares(threads: int) -> bool:
+    """Whether so many threads multiply one row by fp32 weights faster in shares.
+
+    MKL takes twice to three times as long for one product of a matrix and a row on AMD's processors, and for the
+    shares on Intel's.
+    """
+
+    def ways() -> Ways:
+        count, (_, width) = number_of_shares(threads), PROBE
+        shares, row = torch.ones(count, PROBE[0] // count, width), torch.ones(width)
+        return {
+            "one product": lambda: shares.view(-1, width).mv(row),
+            "shares": lambda: in_shares(row, shares, None),
+        }
+
+    return fastest("one row by fp32 weights", ways) == "shares"
 
 
 class Bf16Product(nn.Module):

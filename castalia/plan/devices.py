@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from castalia.config.attention_kernels import AMPERE, Capability
 from castalia.config.float8_matrices import FIRST_CAPABILITY
 from castalia.errors import ConfigError
-from castalia.machine import total_memory, usable_cores
+from castalia.machine import first_core, total_memory, usable_cores
 from castalia.units import GiB
 
 CONTEXT_GIB = 1.0  # CUDA context, kernel code and cuBLAS workspace
@@ -146,13 +145,8 @@ def this_cpu() -> Device:
 
 def cpu_flags() -> set[str]:
     """Instruction sets of the first core; empty if the system does not list them."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return set()
-    with path.open() as lines:
-        return set(
-            next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "").split()
-        )
+    core = first_core()
+    return set((core.get("flags") or core.get("Features") or "").split())
 
 
 def auto_precision(has_bf16: bool) -> Literal["bf16", "fp32"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from castalia.bars import Advance, unseen
 from castalia.files import beside
+from castalia.machine import cache_folder
 from castalia.series.members import Member, folder_of
 
 
@@ -109,8 +109,7 @@ def identity_of(members: Sequence[Member], *settings: object) -> str:
 
 
 def _cached_journal(identity: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "castalia" / "series" / f"{identity}.jsonl"
+    return cache_folder() / "series" / f"{identity}.jsonl"
 
 
 @contextmanager

@@ -5,10 +5,9 @@ from __future__ import annotations
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from castalia.machine import total_memory, usable_cores
+from castalia.machine import processor_name, total_memory, usable_cores
 from castalia.plan.devices import cpu_flags, find_device
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def look_at_machine() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(total_memory() / 2**30, 1),
@@ -91,16 +90,6 @@ def attention_kernels() -> list[tuple[str, dict[str, str]]]:
 def installed() -> dict[str, str | None]:
     """The versions of the optional packages; None for those that are missing."""
     return {name: _version(name) for name in OPTIONAL}
-
-
-def _cpu_name() -> str:
-    named = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()  # ARM's cpuinfo names no model
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _gpu(index: int) -> dict:

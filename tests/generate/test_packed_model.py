@@ -61,9 +61,10 @@ def make_twins(make_model):
     return make
 
 
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(("rows", "shares"), [(1, False), (1, True), (16, False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_model_gives_the_same_logits(make_twins, family, rows):
+def test_a_packed_model_gives_the_same_logits(make_twins, family, rows, shares, monkeypatch):
+    monkeypatch.setattr(packed_matmul, "takes_shares", lambda threads: shares)
     model, packed = make_twins(family)
     pack(packed, rows=rows)
     assert apart(model, packed) < 1e-6
@@ -106,10 +107,12 @@ def test_int8_codes_are_the_nearest():
     assert (product(torch.ones(1, 48))[0, 7] == 0).all()
 
 
+@pytest.mark.parametrize("shares", [False, True], ids=["one product", "shares"])
 @pytest.mark.parametrize("packed_rows", [1, 2, 16])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5])
-def test_any_number_of_rows_and_outputs(rows, packed_rows):
+def test_any_number_of_rows_and_outputs(rows, packed_rows, shares, monkeypatch):
     """The outputs have no common divisor with any number of shares."""
+    monkeypatch.setattr(packed_matmul, "takes_shares", lambda threads: shares)
     torch.manual_seed(0)
     weight, x = torch.randn(97, 64), torch.randn(rows, 1, 64)
     for bias in (None, torch.randn(97)):
