@@ -18,6 +18,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 LOCAL = {"attention_types": [[["global", "local"], 2]], "window_size": 5}
 NEO = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 64}
 OPT = {key: value for key, value in SIZES.items() if key != "intermediate_size"} | {"ffn_dim": 48}
+FEW_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
+WIDTHS = {"moe_intermediate_size": 24}
 HALF_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # the first of each model type is its usual form
     "gpt_neox": ("gpt_neox", SIZES),
@@ -26,6 +28,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # the first of each model type
     "llama with wide heads": ("llama", GROUPED | {"head_dim": 12}),
     "mistral": ("mistral", GROUPED | {"sliding_window": 5}),
     "mixtral": ("mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", GROUPED | FEW_EXPERTS),
+    "olmoe with biases, shares of one": (
+        "olmoe", SIZES | FEW_EXPERTS | {"attention_bias": True, "norm_topk_prob": True},
+    ),
+    "qwen2_moe": ("qwen2_moe", GROUPED | FEW_EXPERTS | WIDTHS | {"shared_expert_intermediate_size": 16}),
+    "qwen2_moe with windows, every other block": (
+        "qwen2_moe",
+        GROUPED | FEW_EXPERTS | WIDTHS | WINDOW
+        | {"shared_expert_intermediate_size": 16, "max_window_layers": 3, "qkv_bias": False, "norm_topk_prob": True,
+           "decoder_sparse_step": 2},
+    ),
+    "qwen3_moe": ("qwen3_moe", GROUPED | FEW_EXPERTS | WIDTHS | {"head_dim": 12, "norm_topk_prob": True}),
+    "qwen3_moe with windows, some blocks": (
+        "qwen3_moe",
+        SIZES | FEW_EXPERTS | WIDTHS | WINDOW
+        | {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True, "mlp_only_layers": [0]},
+    ),
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}),
     "qwen2": ("qwen2", GROUPED),
     "qwen2 windows": ("qwen2", GROUPED | WINDOW | {"max_window_layers": 2, "tie_word_embeddings": True}),

@@ -43,7 +43,10 @@ FAMILIES = {
     "mistral": ModelConfig(**SIZES, **LLAMA | {"num_kv_heads": 1}, sliding_window=5),
 }
 
-MIXTRAL = ModelConfig(**SIZES, **LLAMA, experts={"count": 4, "top_k": 2, "width": 40, "gated": True, "norm_topk": True})
+EXPERTS = {"count": 4, "top_k": 2, "width": 40, "gated": True, "norm_topk": True}
+MIXTRAL = ModelConfig(**SIZES, **LLAMA, experts=EXPERTS)
+QWEN = LLAMA | {"attention_bias": True, "attention_out_bias": False}  # an MLP in the first block, then experts
+QWEN2_MOE = ModelConfig(**SIZES, **QWEN, experts=EXPERTS | {"first": 1, "shared_width": 24, "shared_gate": True})
 
 
 def made(

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from castalia.checkpoint.convert import plan_files, prepare
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
-from castalia.checkpoint.formats.huggingface.names import FAMILIES
+from castalia.checkpoint.formats.huggingface.config_json import model_of, read_config, to_config_json
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, family_of
 from castalia.checkpoint.formats.huggingface.trainer import full_name, groups
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.load import load_config
@@ -28,6 +29,7 @@ from castalia.errors import CastaliaError, CheckpointError
 from castalia.generate.generation import generate
 from castalia.generate.packed_model import pack
 from castalia.language_model import load_model
+from castalia.plan.count import count
 from castalia.train.loop import train
 from tests.checkpoint.hf_families import CASES, USUAL, opened, saved
 from tests.checkpoint.made import SIZES, assert_same, made, written
@@ -55,6 +57,7 @@ def test_logits_text_and_files_are_those_of_transformers(case: str, tmp_path: Pa
     ours, expected = load_model(tmp_path / "a"), theirs(TOKENS).logits
     torch.testing.assert_close(ours(TOKENS), expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.1
+    assert count(checkpoint.config.model).total == theirs.num_parameters()
 
     prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :4].tolist()]
     texts = generate(ours, Numbers(), prompts, max_tokens=12, temperature=0.0)
@@ -172,6 +175,17 @@ def test_a_whole_cycle(case: str, lora: bool, tmp_path: Path) -> None:
         ("gptj", {"rotary_dim": None}, "rotary_dim=None is not supported"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm=True is not supported"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
+        ("olmoe", {"num_experts_per_tok": 7}, "num_experts_per_tok=7 is more than num_experts=6"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] are not supported: the blocks with experts"),
+        ("qwen2_moe", {"mlp_only_layers": [3]}, "must be at one distance up to the last block"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers leave no block with experts"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size"),
+        ("qwen2_moe with windows, every other block", {"sliding_window": 0}, "sliding_window=0 is not supported"),
+        ("qwen3_moe", {"decoder_sparse_step": 5}, "decoder_sparse_step=5 and mlp_only_layers leave no block"),
+        ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers has '0', which is no number of a block"),
+        ("qwen3_moe", {"num_experts": 1, "num_experts_per_tok": 1}, "not a usable config"),
     ],
 )
 def test_what_a_class_can_and_we_cannot_is_refused_by_name(
@@ -182,6 +196,25 @@ def test_what_a_class_can_and_we_cannot_is_refused_by_name(
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("layers", range(1, 7))
+def test_blocks_with_experts_come_back_from_qwens_keys(layers: int, tmp_path: Path) -> None:
+    for first in range(layers):
+        for every in range(1, layers + 1):
+            wanted = {"count": 2, "gated": True, "first": first, "every": every, "width": 8}
+            plain = {"norm": "rmsnorm", "gated_mlp": True, "mlp_bias": False, "qk_norm": "head", "vocab_size": 8}
+            model = ModelConfig(num_layers=layers, hidden_size=8, num_heads=2, experts=wanted, **plain)
+            assert family_of(model, "") == "qwen3_moe"
+            config = to_config_json("qwen3_moe", model, 8, {})
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            assert model_of(read_config(tmp_path / "config.json")).layer_kinds == model.layer_kinds
+            theirs = transformers.Qwen3MoeConfig(**config)
+            mixed = [
+                layer not in theirs.mlp_only_layers and (layer + 1) % theirs.decoder_sparse_step == 0
+                for layer in range(layers)
+            ]
+            assert mixed == [kind == "moe" for kind in model.layer_kinds]
 
 
 RMS = {"norm": "rmsnorm"}

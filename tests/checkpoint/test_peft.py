@@ -24,7 +24,7 @@ from castalia.loading import build_model
 from castalia.model.lora import add_adapters
 from castalia.model.transformer import Transformer
 from castalia.storage.lazy import InMemory
-from tests.checkpoint.made import FAMILIES, SIZES, made, written
+from tests.checkpoint.made import FAMILIES, QWEN2_MOE, SIZES, made, written
 
 TOKENS = torch.arange(40).view(2, 20) % 90
 ALL = {
@@ -71,6 +71,7 @@ def made_by_peft(base: Path, folder: Path, **settings: object) -> torch.Tensor:
 
 
 HEAD = ("attn.qkv", "head")
+MODELS = FAMILIES | {"qwen2_moe": QWEN2_MOE}
 
 
 @pytest.mark.parametrize(
@@ -78,16 +79,16 @@ HEAD = ("attn.qkv", "head")
     [
         *[
             (kind, LoraConfig(rank=3, alpha=5.0))
-            for kind in ("gpt_neox", "gpt2 untied", "llama with biases", "mistral")
+            for kind in ("gpt_neox", "gpt2 untied", "llama with biases", "mistral", "qwen2_moe")
         ],
         *[(kind, LoraConfig(rank=3, alpha=5.0, targets=HEAD)) for kind in ("gpt_neox", "llama")],
     ],
 )
 def test_peft_computes_the_same_with_our_adapters(kind: str, lora: LoraConfig, tmp_path: Path) -> None:
-    base = hugging_face(tmp_path / "base", FAMILIES[kind])
-    source = adapted(FAMILIES[kind], lora, base)
+    base = hugging_face(tmp_path / "base", MODELS[kind])
+    source = adapted(MODELS[kind], lora, base)
     again = written(source, tmp_path / "adapter", "peft")
-    ours = Transformer(FAMILIES[kind])
+    ours = Transformer(MODELS[kind])
     add_adapters(ours, lora)
     ours.load_state_dict({name: ref.read() for name, ref in source.model.items()})
     with torch.no_grad():

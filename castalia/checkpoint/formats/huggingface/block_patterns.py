@@ -1,4 +1,4 @@
-"""Keys of config.json that tell for each block whether it has the window, or rotates: read and written.
+"""Keys of config.json that tell for each block whether it has the window, rotates or has experts: read and written.
 
 Ours are the shortest patterns that give the same when they are repeated.
 """
@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from castalia.config.schema import ModelConfig, shortest
+from castalia.reading import short
 
 if TYPE_CHECKING:
     from castalia.checkpoint.formats.huggingface.config_json import ConfigJson
@@ -46,7 +47,8 @@ def _by_layer_types(config: ConfigJson, layers: int) -> list[bool]:
         return [not turns for turns in _rotating(config)]
     if "max_window_layers" in config.family.keys:
         return [layer >= config["max_window_layers"] for layer in range(layers)]
-    return [layer % 2 == 0 for layer in range(layers)]
+    most = layers if config["max_window_layers"] is None else config["max_window_layers"]
+    return [layer % 2 == 0 and layer < most for layer in range(layers)]
 
 
 def _by_attention_types(config: ConfigJson) -> list[bool]:
@@ -72,7 +74,27 @@ def _windows(config: ConfigJson, key: str) -> tuple[bool, ...]:
     return shortest(have) if any(have) else (True,)
 
 
+def _mixed(config: ConfigJson) -> range:
+    """The blocks with experts, by Qwen's keys. Raises CheckpointError where they are not at one distance."""
+    layers, step, without = config["num_hidden_layers"], config["decoder_sparse_step"], config["mlp_only_layers"] or ()
+    if strange := [layer for layer in without if type(layer) is not int]:
+        raise config.refuse(f"mlp_only_layers has {strange[0]!r}, which is no number of a block")
+    found = sorted(set(range(step - 1, layers, step)) - set(without))
+    if not found:
+        raise config.refuse(f"decoder_sparse_step={step} and mlp_only_layers leave no block with experts")
+    # A single one may be the first of any; see `plain_experts`.
+    blocks = range(found[0], layers, found[1] - found[0] if len(found) > 1 else layers - found[0])
+    if list(blocks) != found:
+        raise config.refuse(
+            f"decoder_sparse_step={step} and mlp_only_layers={short(without)} are not supported: the blocks with "
+            "experts must be at one distance up to the last block"
+        )
+    return blocks
+
+
 READ_PATTERNS: dict[str, Callable[[ConfigJson, str], Any]] = {
+    "experts.first": lambda config, key: _mixed(config).start,
+    "experts.every": lambda config, key: _mixed(config).step,
     "window_pattern": _windows,
     "rotary_pattern": lambda config, key: shortest(_rotating(config)),
 }
@@ -94,7 +116,21 @@ def _attention_types(model: ModelConfig) -> list[list]:
     return [[["local" if windowed else "global" for windowed in pattern], len(layers) // len(pattern)]]
 
 
+def _sparse_step(model: ModelConfig) -> int:
+    """The distance of blocks with experts where they are the last of each so many, else 1."""
+    assert model.experts is not None
+    return model.experts.every if (model.experts.first + 1) % model.experts.every == 0 else 1
+
+
+def _mlp_only(model: ModelConfig) -> list[int]:
+    """The blocks with an MLP that `decoder_sparse_step` does not show."""
+    step = _sparse_step(model)
+    return [layer for layer in range(step - 1, model.num_layers, step) if model.layer_kinds[layer] == "dense"]
+
+
 WRITTEN_PATTERNS: dict[str, Callable[[ModelConfig, str], Any]] = {
+    "experts.every": lambda model, key: _sparse_step(model),
+    "experts.first": lambda model, key: _mlp_only(model),
     "use_window": lambda model, key: model.sliding_window is not None,
     "window_pattern": lambda model, key: (_attention_types if key == "attention_types" else _layer_types)(model),
     # Blocks before the first with a window, by which older versions of transformers go.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from castalia.checkpoint.formats.huggingface.block_patterns import READ_PATTERNS, WRITTEN_PATTERNS, windowed
 from castalia.checkpoint.formats.huggingface.idle_keys import REFUSED, ROPE_KEYS
-from castalia.checkpoint.formats.huggingface.mixtures import MIXTRAL, written_mixtral
+from castalia.checkpoint.formats.huggingface.mixtures import plain_experts
 from castalia.checkpoint.formats.huggingface.model_type import ACTIVATIONS, Family
 from castalia.checkpoint.formats.huggingface.names import FAMILIES, plain_values
 from castalia.config.schema import MambaConfig, ModelConfig, RopeScaling
@@ -20,10 +21,11 @@ from castalia.reading import keys, read_json, short
 
 COUNTS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "sliding_window", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "head_dim",
+    "max_position_embeddings", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "head_dim",
     "state_size", "conv_kernel", "num_local_experts", "num_experts_per_tok", "num_layers", "num_heads", "window_size",
     "ffn_dim", "word_embed_proj_dim", "rotary_dim", "n_embed", "no_rope_layer_interval",
-    "query_pre_attn_scalar",
+    "query_pre_attn_scalar", "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "decoder_sparse_step",
 )  # fmt: skip
 SHARES = (
     "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct", "embd_pdrop",
@@ -42,9 +44,11 @@ FLAGS = (
     "use_sliding_window",
     "use_qkv_bias",
     "qk_layernorm",
+    "qkv_bias",
+    "norm_topk_prob",
 )
 WORDS = ("model_type", "hidden_act", "hidden_activation", "activation_function", "dtype", "torch_dtype")
-LISTS = ("layer_types", "no_rope_layers", "attention_types")
+LISTS = ("layer_types", "no_rope_layers", "attention_types", "mlp_only_layers")
 TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
 Count = Annotated[int, Field(gt=0, lt=1 << 40)]
 Blocks = Annotated[int, Field(gt=0, le=10_000)]  # as many as a model may have: patterns are as long
@@ -58,7 +62,7 @@ GIVEN = keys(  # of config.json
         **dict.fromkeys(WORDS, str | None),
         **dict.fromkeys(LISTS, list | None),
         **dict.fromkeys(TABLES, dict[str, Any] | None),
-        "max_window_layers": Annotated[int, Field(ge=0, lt=1 << 40)] | None,
+        **dict.fromkeys(("max_window_layers", "sliding_window"), Annotated[int, Field(ge=0, lt=1 << 40)] | None),
     }
 )
 
@@ -138,14 +142,17 @@ def settings(config: ConfigJson) -> dict[str, Any]:
     if "head_dim" in family.beside:  # a class that reads it but has no such setting
         config.require("head_dim", None, config["hidden_size"] // config["num_attention_heads"])
     for key, names in family.keys.items():
-        if isinstance(names, bool):
+        if not isinstance(names, str):
             config.require(key, names)
             continue
         for name in names.split():
             if name not in values:  # otherwise this key is another spelling
                 read = _word if key in family.words else READERS.get(name, _as_it_is)
                 values[name] = read(config, key)
-    return {**family.fixed, **{name: value for name, value in values.items() if name in ModelConfig.model_fields}}
+    values = {**family.fixed, **values}
+    experts = {name.removeprefix("experts."): value for name, value in values.items() if name.startswith("experts.")}
+    known = {name: value for name, value in values.items() if name in ModelConfig.model_fields}
+    return known | ({"experts": experts} if experts else {})
 
 
 def _as_it_is(config: ConfigJson, key: str) -> Any:
@@ -187,8 +194,8 @@ def _window(config: ConfigJson, key: str) -> int | None:
     """Hugging Face's window counts the token itself, ours only the tokens before it."""
     if not any(windowed(config)):
         return None
-    if config[key] == 1:
-        raise config.refuse(f"{key}=1 is not supported: tokens would see only themselves")
+    if config[key] in (0, 1):
+        raise config.refuse(f"{key}={config[key]} is not supported: tokens would see none before them")
     return None if config[key] is None else config[key] - 1
 
 
@@ -278,27 +285,26 @@ def _written_mamba(model: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _experts(config: ConfigJson, key: str) -> dict[str, Any]:
-    """The experts of Mixtral's blocks."""
-    config.require("router_jitter_noise", 0.0)
-    if (chosen := config["num_experts_per_tok"]) > (count := config["num_local_experts"]):
-        raise config.refuse(f"num_experts_per_tok={chosen} is more than num_local_experts={count}")
-    sizes = {"count": "num_local_experts", "top_k": "num_experts_per_tok", "width": "intermediate_size"}
-    return MIXTRAL | {ours: config[theirs] for ours, theirs in sizes.items()}
+def _chosen(config: ConfigJson, key: str) -> int:
+    """Experts of a token."""
+    of = next(key for key, name in config.family.keys.items() if name == "experts.count")
+    if config[key] > config[of]:
+        raise config.refuse(f"{key}={config[key]} is more than {of}={config[of]}")
+    return config[key]
 
 
 READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # settings that are not simply the value of their key
     "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_dim": _head_dim,
     "same_width": _same_width, "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share,
-    "attention_scale": _attention_scale, "rope_scaling": _rope_scaling, "mamba": _mamba, "experts": _experts,
-    **READ_PATTERNS,
+    "attention_scale": _attention_scale, "rope_scaling": _rope_scaling, "mamba": _mamba,
+    "experts.top_k": _chosen, **READ_PATTERNS,
 }  # fmt: skip
 
 
 def spelled_out(model: ModelConfig, longest: int) -> ModelConfig:
     """The model with the values that None stands for. `longest`: the longest sequence, in tokens."""
     explicit = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads, "max_positions": longest}
-    return model.with_(explicit)
+    return model.with_(explicit | ({"experts": plain_experts(model)} if model.experts else {}))
 
 
 def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,7 +318,7 @@ def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mappi
     config |= {"initializer_range": model.init_std, "use_cache": True}
     model = model.with_(plain_values(model))
     for key, names in family.keys.items():
-        if isinstance(names, bool):
+        if not isinstance(names, str):
             config[key] = names
             continue
         name = names.split()[0]
@@ -322,13 +328,12 @@ def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mappi
             written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {"gelu_tanh": family.gelu_tanh}
             config[key] = written[model.activation]
         else:
-            config[key] = WRITERS[name](model, key) if name in WRITERS else getattr(model, name)
+            config[key] = WRITERS[name](model, key) if name in WRITERS else attrgetter(name)(model)
     return config
 
 
 WRITERS: dict[str, Callable[[ModelConfig, str], Any]] = {  # the other way round of `READERS`
     "mamba": lambda model, key: _written_mamba(model)[key],
-    "experts": lambda model, key: written_mixtral(model)[key],
     "head_dim": lambda model, key: model.head_size,
     "sliding_window": lambda model, key: _written_window(model, key),
     "some_window": lambda model, key: _written_window(model, key) or 4096,  # Gemma 2 needs one though no block has it

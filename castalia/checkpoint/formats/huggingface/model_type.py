@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from castalia.checkpoint.formats.huggingface.idle_keys import IDLE, REFUSED
-from castalia.checkpoint.rules import Chain, Each, Interleave, Inverse, Op, PermuteRows, Rule, Same, per_block
+from castalia.checkpoint.rules import (
+    Chain,
+    Each,
+    Interleave,
+    Inverse,
+    Op,
+    PermuteRows,
+    Rule,
+    Same,
+    Transpose,
+    Unfold,
+)
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, row_of, shapes_of
 
@@ -18,6 +29,7 @@ ACTIVATIONS = {  # `hidden_act` -> ours; the first of several that mean the same
 }  # fmt: skip
 
 
+Said = str | bool | float  # of a key of config.json
 EVERYWHERE = ("dtype", "torch_dtype", "quantization_config", "is_causal")  # keys of every class, which are read
 CLASSIFIER = "ForSequenceClassification"  # how the names of such classes end
 SCORE = "score.weight"  # their head, which stands outside of the prefix as the others do
@@ -31,11 +43,11 @@ class Family:
     prefix: str  # of the tensors of the model without its head
     head: str
     # Keys of config.json in the order in which they are written. A name is that of our setting; of several names, the
-    # first is written and all are read. A truth value is the only one that our model has an equal of.
-    keys: Mapping[str, str | bool]
+    # first is written and all are read. A truth value or a number is the only one that our model has an equal of.
+    keys: Mapping[str, Said]
     fixed: Mapping[str, Any]  # settings of ours that the model type fixes
     # The values of our settings that the class can compute; None: any. Of settings left out, those in `FREE` may have
-    # any value, others must have the default.
+    # any value, others must have the default. Without those of `experts`, the class has no mixtures.
     holds: Mapping[str, set | None]
     defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
     rules: Callable[[ModelConfig], list[Rule]]
@@ -90,23 +102,44 @@ def by_module(
 ) -> Callable[[ModelConfig], list[Rule]]:
     """The rules of a class that has the tensors of our modules, with other names.
 
-    `layer`: the prefix of a block, with {i}; `inside`: our modules of a block -> theirs; `outside`: those of the model.
-    `qkv`: how its tensors become our fused one.
+    `layer`: the prefix of a block, with {i}; `inside`: our modules of a block -> theirs, and our tensors whose names
+    have another end there, in which {e} is the number of an expert; `outside`: the modules of the model. `qkv`: how its
+    tensors become our fused one.
     """
 
     def rule(name: str, theirs: str, op: Op) -> Rule:
         kind = name.rpartition(".")[2]
         return Rule(name, " ".join(f"{module}.{kind}" for module in theirs.split()), op)
 
+    def inner(name: str, model: ModelConfig) -> Rule:
+        tensor, row = name.removeprefix("blocks.{i}."), row_of(name)
+        if row.kind == "experts":
+            return Rule(name, _each_expert(layer + inside[tensor], model), _stacked(model, tensor.endswith(".down")))
+        if tensor in inside:
+            return Rule(name, layer + inside[tensor])
+        names = " ".join(layer + each for each in inside[row.module].split())
+        return rule(name, names, qkv(model) if row.module == "attn.qkv" else Same())
+
     def rules(model: ModelConfig) -> list[Rule]:
         """All but that of the head."""
-        block = []
-        for name in shapes_of(BLOCK, model):
-            module = row_of(name).module
-            names = " ".join(layer + each for each in inside[module].split())
-            block.append(rule(name, names, qkv(model) if module == "attn.qkv" else Same()))
+        kinds = model.layer_kinds
+        blocks = {kind: [inner(name, model) for name in shapes_of(BLOCK, model, kind)] for kind in set(kinds)}
         ends = shapes_of((*BEFORE_BLOCKS, *AFTER_BLOCKS), model)
         parts = {name: outside[module] for name in ends if (module := row_of(name).module) in outside}
-        return [rule(name, theirs, Same()) for name, theirs in parts.items()] + per_block(block, model.num_layers)
+        inside_rules = [rule.at(i=i) for i, kind in enumerate(kinds) for rule in blocks[kind]]
+        return [rule(name, theirs, Same()) for name, theirs in parts.items()] + inside_rules
 
     return rules
+
+
+def _each_expert(theirs: str, model: ModelConfig) -> str:
+    """The names of a matrix of each expert, which are tensors of their own there."""
+    assert model.experts is not None
+    return " ".join(theirs.replace("{e}", str(number)) for number in range(model.experts.count))
+
+
+def _stacked(model: ModelConfig, down: bool) -> Op:
+    """From matrices [f, h], of `down` [h, f], to [e, f, h]."""
+    assert model.experts is not None
+    stacked = (Interleave((model.expert_width,) * model.experts.count), Unfold(model.experts.count))
+    return Chain(Transpose(), *stacked) if down else Chain(*stacked)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from castalia.checkpoint.formats.huggingface.dense_families import DENSE, GPT_ALIASES
-from castalia.checkpoint.formats.huggingface.mixtures import lacking_of_mixtral, mixtral_rules
+from castalia.checkpoint.formats.huggingface.mixtures import MIXTURES, plain_experts
 from castalia.checkpoint.formats.huggingface.model_type import ACTIVATIONS, SCORE, Family, by_group
 from castalia.checkpoint.mamba_tensors import mamba_rules
 from castalia.checkpoint.rules import (
@@ -21,7 +21,7 @@ from castalia.checkpoint.rules import (
     per_block,
     with_bias,
 )
-from castalia.config.schema import ModelConfig, shortest
+from castalia.config.schema import ExpertsConfig, ModelConfig, shortest
 from castalia.errors import CheckpointError
 
 
@@ -68,13 +68,10 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
         Rule("blocks.{i}.norm2.weight", layer + "post_attention_layernorm.weight"),
         *with_bias("blocks.{i}.attn.qkv", projections, by_group(model), bias=model.attention_bias),
         *with_bias("blocks.{i}.attn.out", attention + "o_proj", bias=model.attention_bias),
-    ]
-    mlp = [
         *with_bias("blocks.{i}.mlp.gate", layer + "mlp.gate_proj", bias=model.mlp_bias),
         *with_bias("blocks.{i}.mlp.up", layer + "mlp.up_proj", bias=model.mlp_bias),
         *with_bias("blocks.{i}.mlp.down", layer + "mlp.down_proj", bias=model.mlp_bias),
     ]
-    block += mixtral_rules(model) if model.experts else mlp
     ends = [Rule("embed.weight", "embed_tokens.weight"), Rule("norm.weight", "norm.weight")]
     return ends + per_block(block, model.num_layers)
 
@@ -109,9 +106,6 @@ LLAMA_KEYS = _KEYS | {
     "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "rms_norm_eps": "norm_eps", "mlp_bias": "mlp_bias",
 }  # fmt: skip
 MISTRAL_KEYS = LLAMA_KEYS | {"sliding_window": "sliding_window"}
-_MIXTURE = ("num_local_experts", "num_experts_per_tok", "intermediate_size", "router_jitter_noise")
-MIXTRAL_KEYS = {key: name for key, name in MISTRAL_KEYS.items() if not key.endswith("_bias")}
-MIXTRAL_KEYS |= dict.fromkeys(_MIXTURE, "experts")  # together one section of ours
 MAMBA_KEYS: dict[str, str | bool] = {
     "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "layer_norm_epsilon": "norm_eps",
     # Together one section of ours.
@@ -141,11 +135,6 @@ LLAMA_DEFAULTS = {
 }  # fmt: skip
 MISTRAL_DEFAULTS = LLAMA_DEFAULTS | {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
-}  # fmt: skip
-MIXTRAL_DEFAULTS = LLAMA_DEFAULTS | {
-    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
-    "router_jitter_noise": 0.0,
 }  # fmt: skip
 MAMBA_DEFAULTS = {
     "vocab_size": 50280, "hidden_size": 768, "state_size": 16, "num_hidden_layers": 32, "layer_norm_epsilon": 1e-5,
@@ -203,13 +192,6 @@ FAMILIES = {
         LLAMA_HOLDS | {"attention_bias": {False}, "mlp_bias": {False}}, MISTRAL_DEFAULTS, _llama_rules,
         LLAMA_MODULES, foreign=("attention_bias", "mlp_bias"),
     ),
-    "mixtral": Family(
-        "MixtralForCausalLM", "model.", "lm_head.weight", MIXTRAL_KEYS,
-        LLAMA_FIXED | {"attention_bias": False, "mlp_bias": False},
-        LLAMA_HOLDS | {"attention_bias": {False}, "gated_mlp": {False, True}}, MIXTRAL_DEFAULTS, _llama_rules,
-        ("", "", ""), beside=("output_router_logits", "router_aux_loss_coef"),
-        aliases={"num_experts": "num_local_experts"},
-    ),
     "mamba": Family(
         "MambaForCausalLM", "backbone.", "lm_head.weight", MAMBA_KEYS, MAMBA_FIXED, MAMBA_HOLDS, MAMBA_DEFAULTS,
         _mamba_rules, ("", "", ""), aliases={"n_layer": "num_hidden_layers", "d_model": "hidden_size"},
@@ -219,6 +201,7 @@ FAMILIES = {
             "intermediate_size", "d_inner", "layer_types",  # which the class computes from others
         ),
     ),
+    **MIXTURES,
     **DENSE,
 }  # fmt: skip
 # Settings that every class has a key for, or that change nothing about what the model computes. A model whose other
@@ -229,6 +212,7 @@ FREE = {
     "shared_norm", "mlp_bias", "rms_eps_inside", "embedding_dropout", "hidden_dropout", "attention_dropout", "init",
     "init_passes", "init_method", "output_init_method", "init_std", "num_kv_heads", "sliding_window", "reward_head",
     "mamba", "amlp_size", "rwkv", "rwkv_over",  # which act where there are such blocks
+    "experts.count", "experts.top_k", "experts.width", "experts.balance_rate", "experts.sinkhorn_stop",
 }  # fmt: skip
 
 
@@ -242,9 +226,9 @@ def table(family: Family, model: ModelConfig) -> list[Rule]:
 
 def family_of(model: ModelConfig, path: str) -> str:
     """The first model type whose class can compute the model. Raises CheckpointError if none can."""
-    lacking = {kind: _lacking(model, kind) for kind in FAMILIES}
-    # Of a mixture that no class computes, a class with experts says what it differs in.
-    nearest = min(lacking, key=lambda kind: (len(lacking[kind]), any("experts=" in text for text in lacking[kind])))
+    lacking, mixed = {kind: _lacking(model, kind) for kind in FAMILIES}, model.experts is not None
+    # Of a mixture that no class computes, a class with experts says what it differs in, and of others one without.
+    nearest = min(lacking, key=lambda kind: (_has_mixtures(FAMILIES[kind].holds) != mixed, len(lacking[kind])))
     if lacking[nearest]:
         raise CheckpointError(
             f"{path}: no Hugging Face class computes this model. The nearest, {FAMILIES[nearest].class_name}, cannot "
@@ -255,9 +239,6 @@ def family_of(model: ModelConfig, path: str) -> str:
 
 def _lacking(model: ModelConfig, kind: str) -> list[str]:
     """The settings whose values the class cannot compute, each with the values that it can."""
-    if kind == "mixtral":
-        plain = model.model_copy(update={"experts": None})
-        return lacking(plain, FAMILIES[kind].holds) + lacking_of_mixtral(model.experts)
     scale = {"embedding_multiplier": {model.hidden_size**0.5}} if FAMILIES[kind].scales_embedding else {}
     result = lacking(model, {**FAMILIES[kind].holds, **scale})
     if kind == "gemma2" and (own := model.attention_scale) and round(own**-2) ** -0.5 != own:
@@ -280,6 +261,15 @@ def lacking(model: ModelConfig, holds: Mapping[str, set | None]) -> list[str]:
     values |= plain_values(model)
     if "attention_out_bias" in holds:
         values["attention_out_bias"] = model.out_bias
+    defaults = {key: field.default for key, field in ModelConfig.model_fields.items()}
+    if _has_mixtures(holds):
+        if model.experts is None:
+            return ["models without model.experts"]
+        if "dense" not in model.layer_kinds:  # there is no MLP that these are of
+            values |= {"gated_mlp": True, "mlp_bias": False}
+        values |= {f"experts.{key}": value for key, value in plain_experts(model).model_dump().items()}
+        defaults |= {f"experts.{key}": field.default for key, field in ExpertsConfig.model_fields.items()}
+        del defaults["experts"]
     # Settings that mean nothing in this model.
     idle: tuple[str, ...] = () if model.parallel_residual else ("shared_norm",)
     idle += () if model.position == "rotary" else ("rotary_pct", "rope_scaling")
@@ -290,10 +280,15 @@ def lacking(model: ModelConfig, holds: Mapping[str, set | None]) -> list[str]:
         if allowed is not None and values[key] not in list(allowed)  # some values are dicts
     ]
     return result + [
-        f"model.{key}={values[key]}"
-        for key, field in ModelConfig.model_fields.items()
-        if key not in FREE and key not in holds and values[key] != field.default
+        f"model.{key}" + ("" if isinstance(values[key], dict) else f"={values[key]}")  # whole sections by name
+        for key, default in defaults.items()
+        if key not in FREE and key not in holds and values[key] != default
     ]
+
+
+def _has_mixtures(holds: Mapping[str, set | None]) -> bool:
+    """Whether a class that holds these settings has blocks with experts."""
+    return any(key.startswith("experts.") for key in holds)
 
 
 def plain_values(model: ModelConfig) -> dict[str, Any]:

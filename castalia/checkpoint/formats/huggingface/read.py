@@ -232,6 +232,8 @@ def _run_config(
         )
     run = typed(extras["config"], f"{path / BESIDE}: the config in it", CheckpointError, RunConfig)
     known = {name for name in settings(config) if not name.endswith("dropout")} | {"tie_embeddings", "reward_head"}
+    if model.experts and run.model and run.model.experts:  # of which only the run's config has the rate of balancing
+        model = model.with_({"experts.balance_rate": run.model.experts.balance_rate})
     if run.model is None or run.model.vocab_size is None or run.model.padded_vocab_size != model.vocab_size:
         known |= {"vocab_size", "vocab_multiple"}
     merged = model if run.model is None else run.model.with_({name: getattr(model, name) for name in known})
