@@ -370,7 +370,7 @@ class ModelConfig(Section):
     @property
     def attention_layers(self) -> int:
         """Blocks that have attention, with heads, keys and values."""
-        return sum(kind in ("dense", "moe") for kind in self.layer_kinds)
+        return self.layer_kinds.count("dense") + self.layer_kinds.count("moe")
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of a block; None: it sees all tokens before."""
@@ -383,6 +383,8 @@ class ModelConfig(Section):
     @property
     def windowed_share(self) -> float:
         """The share of the blocks with attention that have the sliding window; 0 without one."""
+        if self.sliding_window is None:
+            return 0.0
         layers = [layer for layer, kind in enumerate(self.layer_kinds) if kind in ("dense", "moe")]
         return sum(self.window_of(layer) is not None for layer in layers) / max(1, len(layers))
 

@@ -167,8 +167,12 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
         attention = _attention_blocks(model, layout, tokens, length, compute)
         kept |= {"dense": attention, "moe": attention}
     adapted = {kind: _with_adapters(block, model, kind, layout, tokens, compute) for kind, block in kept.items()}
-    every = [adapted[kind] for kind in model.layer_kinds]
-    return Activations(*(sum(values) // len(every) for values in zip(*map(astuple, every), strict=True)))
+    numbers = Counter(model.layer_kinds)
+
+    def average(name: str) -> int:
+        return sum(number * getattr(adapted[kind], name) for kind, number in numbers.items()) // model.num_layers
+
+    return Activations(average("whole"), average("kept"), average("again"))
 
 
 def _gated_block(

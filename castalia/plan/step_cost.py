@@ -70,13 +70,22 @@ def evaluate_layout(job: PlanRequest, layout: Layout) -> Verdict:
 
     Every time that a plan tells comes from here: the headline, suggestions, and the figures of the documentation.
     """
-    parts = rank_parts(job.model, layout, job.length)
-    ends = {0, 1, layout.pp - 1} & set(range(layout.pp))  # the stages between hold no more than stage 1
-    ranks = [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
+    ranks = fullest_ranks(job, layout)
     memory, stage = max(((rank.memory(), rank.stage.index) for rank in ranks), key=lambda pair: pair[0].total)
-    fits = memory.total <= job.device.usable_bytes(layout.communicators)
     tokens = layout.batch * job.compute.sides * job.length
-    return Verdict(layout, memory, stage, fits, step_costs(job, layout, ranks), tokens)
+    return Verdict(layout, memory, stage, fits(job, layout, memory), step_costs(job, layout, ranks), tokens)
+
+
+def fullest_ranks(job: PlanRequest, layout: Layout) -> list[Rank]:
+    """One rank of each stage that may be the fullest: the stages between hold no more than the second one."""
+    parts = rank_parts(job.model, layout, job.length)
+    ends = {0, 1, layout.pp - 1} & set(range(layout.pp))
+    return [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
+
+
+def fits(job: PlanRequest, layout: Layout, memory: Memory) -> bool:
+    """Whether so much memory is there on each device."""
+    return memory.total <= job.device.usable_bytes(layout.communicators)
 
 
 def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:

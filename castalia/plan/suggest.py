@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from castalia.config.schema import ModelConfig
+from castalia.plan.count import count
 from castalia.plan.layout import Layout, problem
 from castalia.plan.memory import Memory
-from castalia.plan.step_cost import Costs, PlanRequest, Verdict, evaluate_layout
+from castalia.plan.step_cost import Costs, PlanRequest, Verdict, evaluate_layout, fits, fullest_ranks
 from castalia.units import GiB
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -99,8 +100,8 @@ def nearest(job: PlanRequest, wanted: Layout, number: int = 3) -> list[Verdict]:
     def changes(verdict: Verdict) -> int:
         return sum(a != b for a, b in zip(_settings(verdict.layout), _settings(wanted), strict=True))
 
-    fitting = [verdict for verdict in suggest(job) if verdict.fits]
-    return sorted(fitting, key=lambda v: (changes(v), v.costs.total))[:number]
+    fitting = [evaluate_layout(job, layout) for layout in fitting_layouts(job)]
+    return sorted(fitting, key=lambda v: (changes(v), v.costs.total, v.memory.total))[:number]
 
 
 def enough(job: PlanRequest, most: int = 4096) -> int | None:
@@ -110,11 +111,21 @@ def enough(job: PlanRequest, most: int = 4096) -> int | None:
     """
     gpus = job.gpus
     while gpus <= most:
-        batch = job.batch if job.batch % gpus == 0 else gpus
-        if any(v.fits for v in suggest(replace(job, gpus=gpus, batch=batch))):
+        more = replace(job, gpus=gpus, batch=job.batch if job.batch % gpus == 0 else gpus)
+        if next(fitting_layouts(more), None):
             return gpus
         gpus *= 2
     return None
+
+
+def fitting_layouts(job: PlanRequest) -> Iterator[Layout]:
+    """The layouts that fit."""
+    state = 4 * (count(job.model).total + job.compute.moments.of(job.model, job.compute.finetune))
+    if state > job.gpus * job.device.usable_bytes(0):
+        return  # no layout divides parameters and optimizer state further than over all devices
+    for layout in layouts(job):
+        if all(fits(job, layout, rank.memory()) for rank in fullest_ranks(job, layout)):
+            yield layout
 
 
 def losers(job: PlanRequest, best: Verdict) -> list[tuple[str, str]]:

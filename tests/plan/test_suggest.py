@@ -12,7 +12,7 @@ from castalia.plan.devices import DEVICES, parse_gpus
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, Memory
 from castalia.plan.step_cost import PlanRequest, evaluate_layout
-from castalia.plan.suggest import binding, enough, layouts, losers, nearest, suggest, suggestions
+from castalia.plan.suggest import binding, enough, fitting_layouts, layouts, losers, nearest, suggest, suggestions
 
 
 def job(preset: str, gpus: str, batch: int = 1024) -> PlanRequest:
@@ -33,6 +33,20 @@ def test_the_20b_needs_more_than_eight_devices_of_40_gb() -> None:
     work = job("gpt-neox-20b", "8x40GB", batch=1536)
     assert not any(verdict.fits for verdict in suggest(work))
     assert enough(work) == 16
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpus", "batch"),
+    [
+        ("pythia-160m", "4xT4", 32),
+        ("gpt-neox-20b", "8x40GB", 64),
+        ("gpt-neox-20b", "16x40GB", 64),
+        ("neox-175b", "32xH100", 64),
+    ],
+)
+def test_all_that_fit_are_found_without_looking_at_what_cannot(preset: str, gpus: str, batch: int) -> None:
+    work = job(preset, gpus, batch)
+    assert set(fitting_layouts(work)) == {verdict.layout for verdict in suggest(work) if verdict.fits}
 
 
 def test_the_best_fits_and_each_reason_is_true() -> None:
