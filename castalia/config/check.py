@@ -192,11 +192,12 @@ def experts(config: RunConfig) -> Iterator[Problem]:
     if model.mup:
         text = "model.mup has no rates for the matrices of model.experts; leave one of them out"
         yield Problem(text, ("model.mup", "model.experts.count"))
-    if config.train.compile is True:
-        text = (
-            "train.compile=true makes one graph of a block, in which the tokens of each of model.experts are not known"
+    if config.train.compile is True and config.train.recompute != "none":
+        text = f"train.recompute={config.train.recompute}: blocks with model.experts are two graphs when compiled"
+        yield Problem(
+            f"{text}, which cannot be computed again together; set train.compile=false, or recompute=none",
+            ("train.compile", "train.recompute", "model.experts.count"),
         )
-        yield Problem(f"{text}; set train.compile=false", ("train.compile", "model.experts.count"))
     if wanted.jitter and config.parallel.tp > 1:
         text = f"parallel.tp={config.parallel.tp}: tensor ranks draw different numbers for model.experts.jitter"
         yield Problem(f"{text}; set one of them to its default", ("parallel.tp", "model.experts.jitter"))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError, TrainingError
+from castalia.model.experts import ExpertMLP
 
 
 def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) -> None:
@@ -42,7 +43,10 @@ def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) ->
     blocks: Any = model.blocks
     for block in blocks.values():
         block.eager = block.forward
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        mixture = isinstance(getattr(block, "mlp", None), ExpertMLP)
+        if mixture:  # how many rows an expert gets is known only while it computes: the graph ends before, and goes on
+            block.mlp.forward = torch.compiler.disable(block.mlp.forward)
+        block.forward = torch.compile(block.forward, fullgraph=not mixture)
         block.register_forward_pre_hook(_clone_async_tensor)
 
 

@@ -145,8 +145,6 @@ def why_not_compiled(config: CompleteConfig) -> str | None:
         return "tensor ranks cannot draw their own dropout"
     if cfg.other_kinds:
         return f"there are {' and '.join(cfg.other_kinds)} blocks (model.pattern)"
-    if cfg.experts:
-        return "the number of tokens of each expert is not known (model.experts)"
     if parallel.cp > 1 and parallel.cp_kind == "ring":
         return "keys and values cannot travel around (parallel.cp_kind=ring)"
     return None

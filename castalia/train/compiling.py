@@ -38,6 +38,8 @@ def plan_compiling(config: CompleteConfig, device: torch.device, batch_size: int
         return CompilePlan(None, f"compiling would save 10% to 20% of the time, but needs {missing}")
     if why := why_not_compiled(config):
         return CompilePlan(None, f"in compiled ones {why}")
+    if config.model.experts:
+        return CompilePlan(None, "compiling (train.compile=true) around experts was not tried on GPUs")
     if operations_left(config, batch_size) < REPAYING:
         return CompilePlan(None, "the run is too short to repay compiling")
     return CompilePlan(EAGER_STEPS, "the run repays compiling")

@@ -43,8 +43,8 @@ CONTRADICTIONS = [
         "parallel.expert=2: tokens cannot travel back in the halves of a backward pass",
     ),
     (
-        ["model.experts.count=4", "train.compile=true"],
-        "of each of model.experts are not known; set train.compile=false",
+        ["model.experts.count=4", "train.compile=true", "train.recompute=full"],
+        "two graphs when compiled, which cannot be computed again together; set train.compile=false",
     ),
     (["model.experts.count=4", "model.mup.base_width=8"], "model.mup has no rates for the matrices of"),
     (["model.experts.count=6", "parallel.tp=4"], "parallel.tp=4 does not divide model.experts.count=6; use one of"),

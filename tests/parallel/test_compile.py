@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,43 @@ def test_compiled_blocks_train_like_eager_ones(pool, tiny, name):
     np.testing.assert_allclose(compiled[0].norms, eager[0].norms, rtol=2e-6)
     assert_copies_are_equal(compiled)
     assert all(1 <= graphs <= 2 for _, graphs in answers), "the blocks do not share their graph"
+
+
+EXPERTS = {
+    "one process": (1, "balanced", []),
+    "bf16": (1, "experts", ["precision.compute=bf16"]),
+    "tp2": (2, "experts", ["parallel.tp=2"]),
+    "tp2 sequence": (2, "balanced", ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "expert2 zero3": (2, "balanced", ["parallel.expert=2", "parallel.zero=3"]),
+    "pp2 zero-bubble": (2, "experts", ["model.num_layers=4", "parallel.pp=2", "parallel.pipeline=zero-bubble"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERTS)
+def test_blocks_with_experts_are_compiled_in_every_layout(pool, tiny, name):
+    world, family, words = EXPERTS[name]
+    # Gradients of next to nothing become whole steps of Adam, up or down, unless eps is larger than they are.
+    words = ["model.num_layers=2", "optimizer.eps=1e-6", *words]
+    eager = pool.run(train_steps, world, tiny(family, *words), 3)
+    answers = pool.run(compiled_steps, world, tiny(family, *words, "train.compile=true"), 3)
+    compiled = [seen for seen, _ in answers]
+    near = 2e-3 if "precision.compute=bf16" in words else 2e-6
+    np.testing.assert_allclose(compiled[0].losses, eager[0].losses, rtol=near)
+    np.testing.assert_allclose(compiled[0].norms, eager[0].norms, rtol=5 * near)
+    assert_copies_are_equal(compiled)
+    assert all(graphs >= 1 for _, graphs in answers), "nothing was compiled"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_are_compiled_around_their_experts(tiny, monkeypatch, precision):
+    """Traced as for every backend, without the wait for a C++ compiler."""
+    words = ["model.num_layers=2", "optimizer.eps=1e-6", f"precision.compute={precision}"]
+    eager = train_steps(tiny("balanced", *words), 2)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled, graphs = compiled_steps(tiny("balanced", *words, "train.compile=true"), 2)
+    np.testing.assert_allclose(compiled.losses, eager.losses, rtol=2e-6 if precision == "fp32" else 2e-3)
+    assert graphs >= 3  # the block without experts, and both parts of the other
 
 
 def test_without_a_compiler_compiling_is_refused(tiny, monkeypatch):
