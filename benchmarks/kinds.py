@@ -93,6 +93,8 @@ def turns(row: str, sides: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rou
 
 def draw(picture: Path) -> None:
     """A panel for each kind: milliseconds over the number of experts, or over the length of 4 sequences."""
+    from matplotlib.ticker import LogFormatter
+
     assert results.file is not None, "--draw takes the file of --json"
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for line in map(json.loads, results.file.read_text().splitlines()):
@@ -108,7 +110,11 @@ def draw(picture: Path) -> None:
             if of == kind:
                 axes.plot(*zip(*sorted(points.items()), strict=True), marker=".", label=side)
         axes.set_xscale("log", base=2)
+        sizes = sorted({size for (of, _), points in lines.items() if of == kind for size in points})
+        axes.set_xticks(sizes, list(map(str, sizes)))
         axes.set_yscale("log")
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.set_title({"experts": "experts", "mamba": "Mamba", "rwkv": "RWKV-6"}[kind])
         axes.set_xlabel("number of experts" if kind == "experts" else "tokens of each of 4 sequences")
         axes.legend(frameon=False, fontsize="small")
