@@ -20,6 +20,7 @@ NEO = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddi
 OPT = {key: value for key, value in SIZES.items() if key != "intermediate_size"} | {"ffn_dim": 48}
 FEW_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
 WIDTHS = {"moe_intermediate_size": 24}
+GLM = WIDTHS | {"n_routed_experts": 6, "num_experts_per_tok": 3}
 HALF_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # the first of each model type is its usual form
     "gpt_neox": ("gpt_neox", SIZES),
@@ -44,6 +45,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # the first of each model type
         "qwen3_moe",
         SIZES | FEW_EXPERTS | WIDTHS | WINDOW
         | {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True, "mlp_only_layers": [0]},
+    ),
+    "glm4_moe": ("glm4_moe", GROUPED | GLM | {"head_dim": 12, "use_qk_norm": True, "n_shared_experts": 2}),
+    "glm4_moe with biases, plain shares": (
+        "glm4_moe",
+        GROUPED | GLM
+        | {"attention_bias": True, "norm_topk_prob": False, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3},
     ),
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}),
     "qwen2": ("qwen2", GROUPED),
@@ -98,6 +105,9 @@ def saved(case: str, folder: Path, vocab_size: int = 97) -> transformers.PreTrai
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     model.save_pretrained(folder)
     return model
 

@@ -46,6 +46,9 @@ FAMILIES = {
 EXPERTS = {"count": 4, "top_k": 2, "width": 40, "gated": True, "norm_topk": True}
 MIXTRAL = ModelConfig(**SIZES, **LLAMA, experts=EXPERTS)
 QWEN = LLAMA | {"attention_bias": True, "attention_out_bias": False}  # an MLP in the first block, then experts
+GLM4_MOE = ModelConfig(
+    **SIZES, **QWEN, rotary_pct=0.5, experts=EXPERTS | {"first": 1, "router": "balanced", "shared_width": 80}
+)
 QWEN2_MOE = ModelConfig(**SIZES, **QWEN, experts=EXPERTS | {"first": 1, "shared_width": 24, "shared_gate": True})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint.convert import plan_files, prepare
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
@@ -57,7 +57,8 @@ def test_logits_text_and_files_are_those_of_transformers(case: str, tmp_path: Pa
     ours, expected = load_model(tmp_path / "a"), theirs(TOKENS).logits
     torch.testing.assert_close(ours(TOKENS), expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.1
-    assert count(checkpoint.config.model).total == theirs.num_parameters()
+    balance = sum(ref.numel() for name, ref in theirs.named_buffers() if name.endswith("e_score_correction_bias"))
+    assert count(checkpoint.config.model).total == theirs.num_parameters() + balance
 
     prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :4].tolist()]
     texts = generate(ours, Numbers(), prompts, max_tokens=12, temperature=0.0)
@@ -185,6 +186,10 @@ def test_a_whole_cycle(case: str, lora: bool, tmp_path: Path) -> None:
         ("qwen2_moe with windows, every other block", {"sliding_window": 0}, "sliding_window=0 is not supported"),
         ("qwen3_moe", {"decoder_sparse_step": 5}, "decoder_sparse_step=5 and mlp_only_layers leave no block"),
         ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers has '0', which is no number of a block"),
+        ("glm4_moe", {"n_group": 2}, "n_group=2 is not supported; only 1"),
+        ("glm4_moe", {"topk_group": 2}, "topk_group=2 is not supported; only 1"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "first_k_dense_replace=4 leaves no block with experts"),
+        ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts"),
         ("qwen3_moe", {"num_experts": 1, "num_experts_per_tok": 1}, "not a usable config"),
     ],
 )
@@ -196,6 +201,21 @@ def test_what_a_class_can_and_we_cannot_is_refused_by_name(
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
+
+
+def test_what_predicts_further_tokens_is_left_out_and_named(tmp_path: Path) -> None:
+    theirs = saved("glm4_moe", tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    more = {
+        name.replace(".3.", ".4.", 1): ref.clone() for name, ref in stored.items() if name.startswith("model.layers.3.")
+    }
+    save_file(stored | more | {"model.layers.4.eh_proj.weight": torch.zeros(32, 64)}, file, {"format": "pt"})
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    (note,) = open_checkpoint(tmp_path).notes
+    assert note.startswith(f"num_nextn_predict_layers=1: {len(more) + 1} tensors of what predicts the tokens after")
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path)(TOKENS), theirs(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layers", range(1, 7))

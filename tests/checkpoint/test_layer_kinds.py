@@ -131,7 +131,12 @@ def test_a_mixtral_of_transformers_is_read_and_written_as_it_is(tmp_path):
     ("change", "said"),
     [
         ({"norm_topk": False}, "experts.norm_topk=False (only True)"),
+        ({"jitter": 0.1}, "experts.jitter=0.1 (only 0.0)"),
+        ({"router": "sinkhorn"}, "experts.router=sinkhorn (only topk)"),
         ({"router": "balanced"}, "experts.router=balanced (only topk)"),
+        ({"router": "balanced", "every": 2}, "experts.every=2 (only 1)"),
+        ({"router": "balanced", "shared_width": 60}, "shared_width=60 (only multiples of experts.width=40)"),
+        ({"router": "balanced", "shared_width": 80, "shared_gate": True}, "experts.router=balanced (only topk)"),
         ({"shared_width": 8}, "experts.shared_width=8 (only None)"),
         ({"every": 2}, "experts.every=2 (only 1)"),
     ],

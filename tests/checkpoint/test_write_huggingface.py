@@ -21,7 +21,7 @@ from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
 from castalia.language_model import load_model
 from castalia.loading import build_model
-from tests.checkpoint.made import FAMILIES, LLAMA, MIXTRAL, QWEN2_MOE, SIZES, assert_same, made, written
+from tests.checkpoint.made import FAMILIES, GLM4_MOE, LLAMA, MIXTRAL, QWEN2_MOE, SIZES, assert_same, made, written
 
 TOKENS = torch.arange(40).view(2, 20) % 90
 SCALINGS = {
@@ -29,7 +29,7 @@ SCALINGS = {
     "llama3": RopeScaling(kind="llama3", factor=8.0, original_positions=24),
     "yarn": RopeScaling(kind="yarn", factor=4.0, original_positions=16),
 }
-MODELS = FAMILIES | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE}
+MODELS = FAMILIES | {"mixtral": MIXTRAL, "qwen2_moe": QWEN2_MOE, "glm4_moe": GLM4_MOE}
 MODELS |= {f"llama {kind}": ModelConfig(**SIZES, **LLAMA, rope_scaling=scaling) for kind, scaling in SCALINGS.items()}
 TOLERANCES = {"fp32": 2e-6, "fp16": 4e-3, "bf16": 3e-2}
 

@@ -74,6 +74,15 @@ def _windows(config: ConfigJson, key: str) -> tuple[bool, ...]:
     return shortest(have) if any(have) else (True,)
 
 
+def _first_mixed(config: ConfigJson, key: str) -> int:
+    """The first block with experts. Raises CheckpointError where there is none."""
+    if key != "first_k_dense_replace":
+        return _mixed(config).start
+    if config[key] >= config["num_hidden_layers"]:
+        raise config.refuse(f"{key}={config[key]} leaves no block with experts")
+    return config[key]
+
+
 def _mixed(config: ConfigJson) -> range:
     """The blocks with experts, by Qwen's keys. Raises CheckpointError where they are not at one distance."""
     layers, step, without = config["num_hidden_layers"], config["decoder_sparse_step"], config["mlp_only_layers"] or ()
@@ -93,7 +102,7 @@ def _mixed(config: ConfigJson) -> range:
 
 
 READ_PATTERNS: dict[str, Callable[[ConfigJson, str], Any]] = {
-    "experts.first": lambda config, key: _mixed(config).start,
+    "experts.first": _first_mixed,
     "experts.every": lambda config, key: _mixed(config).step,
     "window_pattern": _windows,
     "rotary_pattern": lambda config, key: shortest(_rotating(config)),
@@ -122,15 +131,17 @@ def _sparse_step(model: ModelConfig) -> int:
     return model.experts.every if (model.experts.first + 1) % model.experts.every == 0 else 1
 
 
-def _mlp_only(model: ModelConfig) -> list[int]:
-    """The blocks with an MLP that `decoder_sparse_step` does not show."""
+def _without_experts(model: ModelConfig, key: str) -> list[int] | int:
+    """The blocks with an MLP that `decoder_sparse_step` does not show, or the number of those before all others."""
+    if key == "first_k_dense_replace":
+        return model.layer_kinds.index("moe")
     step = _sparse_step(model)
     return [layer for layer in range(step - 1, model.num_layers, step) if model.layer_kinds[layer] == "dense"]
 
 
 WRITTEN_PATTERNS: dict[str, Callable[[ModelConfig, str], Any]] = {
     "experts.every": lambda model, key: _sparse_step(model),
-    "experts.first": lambda model, key: _mlp_only(model),
+    "experts.first": _without_experts,
     "use_window": lambda model, key: model.sliding_window is not None,
     "window_pattern": lambda model, key: (_attention_types if key == "attention_types" else _layer_types)(model),
     # Blocks before the first with a window, by which older versions of transformers go.

@@ -25,13 +25,14 @@ COUNTS = (
     "state_size", "conv_kernel", "num_local_experts", "num_experts_per_tok", "num_layers", "num_heads", "window_size",
     "ffn_dim", "word_embed_proj_dim", "rotary_dim", "n_embed", "no_rope_layer_interval",
     "query_pre_attn_scalar", "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
-    "decoder_sparse_step",
+    "decoder_sparse_step", "n_routed_experts", "n_shared_experts", "n_group", "topk_group",
 )  # fmt: skip
+COUNTS_FROM_0 = ("max_window_layers", "sliding_window", "first_k_dense_replace", "num_nextn_predict_layers")
 SHARES = (
     "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct", "embd_pdrop",
     "partial_rotary_factor", "attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "expand",
     "clip_qkv", "resid_dropout", "embed_dropout", "dropout", "layerdrop", "router_jitter_noise",
-    "attn_logit_softcapping", "final_logit_softcapping",
+    "attn_logit_softcapping", "final_logit_softcapping", "routed_scaling_factor",
 )  # fmt: skip
 FLAGS = (
     "use_conv_bias",
@@ -46,6 +47,7 @@ FLAGS = (
     "qk_layernorm",
     "qkv_bias",
     "norm_topk_prob",
+    "use_qk_norm",
 )
 WORDS = ("model_type", "hidden_act", "hidden_activation", "activation_function", "dtype", "torch_dtype")
 LISTS = ("layer_types", "no_rope_layers", "attention_types", "mlp_only_layers")
@@ -62,7 +64,7 @@ GIVEN = keys(  # of config.json
         **dict.fromkeys(WORDS, str | None),
         **dict.fromkeys(LISTS, list | None),
         **dict.fromkeys(TABLES, dict[str, Any] | None),
-        **dict.fromkeys(("max_window_layers", "sliding_window"), Annotated[int, Field(ge=0, lt=1 << 40)] | None),
+        **dict.fromkeys(COUNTS_FROM_0, Annotated[int, Field(ge=0, lt=1 << 40)] | None),
     }
 )
 
@@ -293,11 +295,16 @@ def _chosen(config: ConfigJson, key: str) -> int:
     return config[key]
 
 
+def _shared_width(config: ConfigJson, key: str) -> int:
+    """The width of the shared expert, or of GLM's, which are one of as many widths."""
+    return config[key] * config["moe_intermediate_size"] if key == "n_shared_experts" else config[key]
+
+
 READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # settings that are not simply the value of their key
     "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_dim": _head_dim,
     "same_width": _same_width, "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share,
     "attention_scale": _attention_scale, "rope_scaling": _rope_scaling, "mamba": _mamba,
-    "experts.top_k": _chosen, **READ_PATTERNS,
+    "experts.top_k": _chosen, "experts.shared_width": _shared_width, **READ_PATTERNS,
 }  # fmt: skip
 
 
@@ -334,6 +341,8 @@ def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mappi
 
 WRITERS: dict[str, Callable[[ModelConfig, str], Any]] = {  # the other way round of `READERS`
     "mamba": lambda model, key: _written_mamba(model)[key],
+    "experts.shared_width": lambda model, key: _written_shared(model, key),
+    "further_blocks": lambda model, key: 0,
     "head_dim": lambda model, key: model.head_size,
     "sliding_window": lambda model, key: _written_window(model, key),
     "some_window": lambda model, key: _written_window(model, key) or 4096,  # Gemma 2 needs one though no block has it
@@ -345,6 +354,11 @@ WRITERS: dict[str, Callable[[ModelConfig, str], Any]] = {  # the other way round
     "rope_scaling": lambda model, key: _written_rope(model, nested=key == "rope_parameters"),
     **WRITTEN_PATTERNS,
 }
+
+
+def _written_shared(model: ModelConfig, key: str) -> int:
+    assert model.experts is not None and model.experts.shared_width is not None
+    return model.experts.shared_width // (model.expert_width if key == "n_shared_experts" else 1)
 
 
 def _written_window(model: ModelConfig, key: str) -> int | None:

@@ -138,6 +138,37 @@ MIXTURES = {
         by_module("layers.{i}.", MIXED | HEAD_NORMS, OUTSIDE),
         NO_MODULES, beside=("max_window_layers", *BESIDE), aliases={"num_local_experts": "num_experts"},
     ),
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM", "model.", "lm_head.weight",
+        SIZES | RMS | ROPE | SHARES | {
+            "head_dim": "head_dim", "attention_bias": "attention_bias", "use_qk_norm": "qk_norm",
+            "moe_intermediate_size": "experts.width", "n_routed_experts": "experts.count",
+            "n_shared_experts": "experts.shared_width", "first_k_dense_replace": "experts.first",
+            "routed_scaling_factor": "experts.routed_scale", "n_group": 1, "topk_group": 1,
+            "num_nextn_predict_layers": "further_blocks",
+        },
+        FIXED | {"attention_out_bias": False, "experts.router": "balanced"},
+        RMS_HOLDS | PLAIN | NORM_TOPK | {
+            "rotary_pct": None, "qk_norm": {False, "head"}, "head_dim": None, "attention_out_bias": {False},
+            "experts.router": {"balanced"}, "experts.first": None, "experts.shared_width": None,
+            "experts.routed_scale": None,
+        },
+        DEFAULTS | {
+            "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46,
+            "num_attention_heads": 96, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "moe_intermediate_size": 1408,
+            "num_experts_per_tok": 8, "n_shared_experts": 1, "n_routed_experts": 128, "routed_scaling_factor": 1.0,
+            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True, "use_qk_norm": False,
+        },
+        by_module(
+            "layers.{i}.",
+            MIXED | HEAD_NORMS | {"mlp.router.balance.bias": "mlp.gate.e_score_correction_bias"}
+            | {module: name.replace("shared_expert", "shared_experts") for module, name in SHARED.items()},
+            OUTSIDE,
+        ),
+        NO_MODULES, words={"use_qk_norm": {False: False, True: "head"}}, beside=BESIDE,
+        aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    ),
 }  # fmt: skip
 
 

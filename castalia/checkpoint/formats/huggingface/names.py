@@ -21,7 +21,7 @@ from castalia.checkpoint.rules import (
     per_block,
     with_bias,
 )
-from castalia.config.schema import ExpertsConfig, ModelConfig, shortest
+from castalia.config.schema import ExpertsConfig, ModelConfig, is_balance, shortest
 from castalia.errors import CheckpointError
 
 
@@ -224,6 +224,12 @@ def table(family: Family, model: ModelConfig) -> list[Rule]:
     return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head), *bias])
 
 
+def state_table(family: Family, model: ModelConfig) -> list[Rule]:
+    """The rules of the tensors that an optimizer holds a state of: all but biases for balancing, which no gradient
+    changes."""
+    return [rule for rule in table(family, model) if not is_balance(rule.ours)]
+
+
 def family_of(model: ModelConfig, path: str) -> str:
     """The first model type whose class can compute the model. Raises CheckpointError if none can."""
     lacking, mixed = {kind: _lacking(model, kind) for kind in FAMILIES}, model.experts is not None
@@ -243,6 +249,9 @@ def _lacking(model: ModelConfig, kind: str) -> list[str]:
     result = lacking(model, {**FAMILIES[kind].holds, **scale})
     if kind == "gemma2" and (own := model.attention_scale) and round(own**-2) ** -0.5 != own:
         result.append(f"model.attention_scale={own} (only one over the root of a whole number)")
+    if kind == "glm4_moe" and model.experts and (model.experts.shared_width or 1) % model.expert_width:
+        width = model.experts.shared_width
+        result.append(f"model.experts.shared_width={width} (only multiples of experts.width={model.expert_width})")
     if kind == "mamba":
         if model.mamba_sizes.linear_bias:
             result.append("model.mamba.linear_bias=True (only False)")

@@ -17,7 +17,7 @@ from castalia.checkpoint.formats.huggingface.config_json import (
     spelled_out,
 )
 from castalia.checkpoint.formats.huggingface.model_type import CLASSIFIER, SCORE, Family
-from castalia.checkpoint.formats.huggingface.names import table
+from castalia.checkpoint.formats.huggingface.names import state_table, table
 from castalia.checkpoint.neox_defects import INHERITED_TYPES, take_inherited
 from castalia.checkpoint.rules import STATE_ROLES, to_ours
 from castalia.checkpoint.sampled_values import fingerprint
@@ -71,6 +71,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     # One tensor for each name, since the format has no ranks.
     named = _by_rank(tensors, family)
     model, tie_note = _tied_as_transformers_does(_with_reward_head(config, named), family, named)
+    further_note = _without_further_blocks(config, model.num_layers, named)
     _check_blocks(path, named, model.num_layers)
     extras, extras_note = _extras(path, tensors)
     ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
@@ -93,7 +94,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
         state,
         progress,
         run,
-        (*config.notes, *([tie_note] if tie_note else [])),
+        (*config.notes, *(note for note in (tie_note, further_note) if note)),
         tuple(state_notes),
         CheckpointFacts(model_type=config["model_type"]),
         **inherited,
@@ -111,6 +112,21 @@ def _with_reward_head(config: ConfigJson, named: Mapping[str, list[TensorRef]]) 
             "models, with one row, are supported"
         )
     return model.with_({"reward_head": True})
+
+
+def _without_further_blocks(config: ConfigJson, layers: int, named: dict[str, list[TensorRef]]) -> str:
+    """A note on blocks behind the last that predict the tokens after the next, which are removed from `named`."""
+    more = config["num_nextn_predict_layers"] or 0
+    blocks = {name: int(found[1]) for name in named if (found := BLOCK.match(name))}
+    further = [name for name, block in blocks.items() if layers <= block < layers + more]
+    for name in further:
+        del named[name]
+    if not further:
+        return ""
+    return (
+        f"num_nextn_predict_layers={more}: {len(further)} tensors of what predicts the tokens after the next are left "
+        "out, as transformers does"
+    )
 
 
 def _tied_as_transformers_does(
@@ -210,7 +226,7 @@ def _optimizer(
     ours: dict[str, Mapping[str, TensorRef]] = {"master": weights}
     for role in STATE_ROLES:
         if stored[role] or role != "master":  # fp32 weights are their own masters
-            ours[role] = to_ours(table(family, model), _by_rank(stored[role], family), role)
+            ours[role] = to_ours(state_table(family, model), _by_rank(stored[role], family), role)
     if unknown := sorted(steps.keys() - ours["exp_avg"].keys()):
         raise CheckpointError(f"{path / BESIDE}: optimizer_steps has {short(unknown[0])}, which no tensor is called")
     return {

@@ -26,11 +26,11 @@ from castalia.checkpoint.file_plan import (
 )
 from castalia.checkpoint.formats.huggingface.config_json import to_config_json
 from castalia.checkpoint.formats.huggingface.model_type import SCORE, Family
-from castalia.checkpoint.formats.huggingface.names import FAMILIES, family_of, table
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, family_of, state_table, table
 from castalia.checkpoint.formats.huggingface.read import BESIDE, CONFIG
 from castalia.checkpoint.formats.huggingface.trainer import trainer_files
 from castalia.checkpoint.restore import architecture
-from castalia.checkpoint.rules import MOMENTS, STATE_ROLES, Role, to_theirs
+from castalia.checkpoint.rules import MOMENTS, STATE_ROLES, Role, Rule, to_theirs
 from castalia.checkpoint.sampled_values import fingerprint
 from castalia.checkpoint.tensors import Checkpoint, state_tensors
 from castalia.checkpoint.tokenizer_files import hf_tokenizer
@@ -45,7 +45,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     kind = family_of(model, checkpoint.path)
     family = FAMILIES[kind]
     tokenizer, ids, notes = hf_tokenizer(checkpoint)
-    weights = _named(checkpoint.model, family, model, "weight")
+    weights = _named(checkpoint.model, family, table(family, model), "weight")
     config = to_config_json(kind, model, _longest(checkpoint, model), ids)
     # Recent versions of transformers call it dtype, older ones torch_dtype.
     config["torch_dtype"] = config["dtype"] = checkpoint.model["embed.weight"].dtype_name
@@ -74,8 +74,8 @@ def _longest(checkpoint: Checkpoint, model: ModelConfig) -> int:
     return model.max_positions or (checkpoint.config.data.seq_length if checkpoint.config else 2048)
 
 
-def _named(ours: Mapping[str, TensorRef], family: Family, model: ModelConfig, role: Role) -> dict[str, TensorRef]:
-    tensors = to_theirs(table(family, model), ours, role)
+def _named(ours: Mapping[str, TensorRef], family: Family, rules: list[Rule], role: Role) -> dict[str, TensorRef]:
+    tensors = to_theirs(rules, ours, role)
     heads = (family.head, family.head.removesuffix("weight") + "bias", SCORE)
     return {name if name in heads else family.prefix + name: refs[0] for name, refs in tensors.items()}
 
@@ -99,10 +99,11 @@ def _optimizer(checkpoint: Checkpoint, family: Family, model: ModelConfig, optio
     if state is None:
         return []
     has_masters = any(entry["master"] != checkpoint.model[name] for name, entry in state.items())
+    rules = state_table(family, model)
     tensors: dict[str, TensorRef] = {}
     for role in STATE_ROLES if has_masters else MOMENTS:
         ours = {name: state_tensors(entry)[role] for name, entry in state.items()}
-        tensors |= {f"{name}.{role}": ref for name, ref in _named(ours, family, model, role).items()}
+        tensors |= {f"{name}.{role}": ref for name, ref in _named(ours, family, rules, role).items()}
     return _safetensors("optimizer", tensors, options)
 
 
