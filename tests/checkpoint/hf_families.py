@@ -21,7 +21,7 @@ OPT = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
 FEW_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
 WIDTHS = {"moe_intermediate_size": 24}
 GLM = WIDTHS | {"n_routed_experts": 6, "num_experts_per_tok": 3}
-HALF_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+HALF_ROTARY = {"rope_theta": 500.0, "partial_rotary_factor": 0.5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # the first of each model type is its usual form
     "gpt_neox": ("gpt_neox", SIZES),
     "gpt2": ("gpt2", GPT),

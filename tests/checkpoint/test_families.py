@@ -184,6 +184,7 @@ def test_a_whole_cycle(case: str, lora: bool, tmp_path: Path) -> None:
         ("qwen2_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers leave no block with experts"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size"),
         ("qwen2_moe with windows, every other block", {"sliding_window": 0}, "sliding_window=0 is not supported"),
+        ("qwen2_moe", {"use_sliding_window": True, "layer_types": None}, "use_sliding_window needs layer_types"),
         ("qwen3_moe", {"decoder_sparse_step": 5}, "decoder_sparse_step=5 and mlp_only_layers leave no block"),
         ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers has '0', which is no number of a block"),
         ("glm4_moe", {"n_group": 2}, "n_group=2 is not supported; only 1"),

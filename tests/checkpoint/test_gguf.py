@@ -269,6 +269,11 @@ def with_values(path: Path, words: Path, values: dict[str, Any], family: str, **
         ("llama", {"llama.logit_scale": 0.5}, "llama.logit_scale=0.5 is not supported"),
         ("llama", {"llama.attention.key_length": 16}, "llama.attention.key_length=16 is not supported"),
         ("llama", {"llama.expert_count": 8}, "llama.expert_count=8 is not supported"),
+        (
+            "llama",
+            {"general.architecture": "qwen3moe"},
+            "general.architecture 'qwen3moe' is not supported; supported are",
+        ),
         ("llama", {"llama.attention.sliding_window": 7}, "llama.attention.sliding_window=7 is not supported"),
         ("llama", {"llama.of_tomorrow": 0}, "llama.of_tomorrow=0 is not supported"),
         ("gpt2", {"gpt2.use_parallel_residual": True}, "gpt2.use_parallel_residual=True is not supported"),

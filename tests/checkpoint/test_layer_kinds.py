@@ -20,7 +20,7 @@ from castalia.errors import CheckpointError
 from castalia.loading import build_model
 from castalia.storage.safetensors import open_safetensors
 from castalia.storage.torch_file import open_pt
-from tests.checkpoint.made import MIXTRAL, SIZES, assert_same, made, written
+from tests.checkpoint.made import GLM4_MOE, MIXTRAL, SIZES, assert_same, made, written
 
 MIXTURE = ModelConfig(**SIZES, mlp_size=64, experts=ExpertsConfig(count=4, top_k=2, every=2, width=64))
 
@@ -145,6 +145,16 @@ def test_mixtures_that_no_class_computes_are_refused_with_what_they_differ_in(ch
     with pytest.raises(CheckpointError) as error:
         plan(made(MIXTRAL.with_({"experts": MIXTRAL.experts.with_(change)})), "hf")
     assert said in " ".join(str(error.value).split())
+
+
+def test_llama_cpp_gets_no_mixtures():
+    with pytest.raises(CheckpointError, match=r"nearest architecture, llama, cannot do model\.experts\. --to native"):
+        plan(made(MIXTRAL), "gguf")
+
+
+def test_what_moves_the_biases_of_a_router_stays_with_the_run(tmp_path):
+    source = made(GLM4_MOE.with_({"experts.balance_rate": 0.01}), optimizer=False)
+    assert written(source, tmp_path / "hf", "hf").config.model.experts.balance_rate == 0.01
 
 
 def test_more_experts_of_a_token_than_there_are_is_refused(tmp_path):

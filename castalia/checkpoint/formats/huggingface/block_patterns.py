@@ -47,8 +47,9 @@ def _by_layer_types(config: ConfigJson, layers: int) -> list[bool]:
         return [not turns for turns in _rotating(config)]
     if "max_window_layers" in config.family.keys:
         return [layer >= config["max_window_layers"] for layer in range(layers)]
-    most = layers if config["max_window_layers"] is None else config["max_window_layers"]
-    return [layer % 2 == 0 and layer < most for layer in range(layers)]
+    if config["use_sliding_window"]:  # Qwen2-MoE: transformers 5 takes every other block, 4 all or some, by the kernel
+        raise config.refuse("use_sliding_window needs layer_types, since versions of transformers differ without it")
+    return [layer % 2 == 0 for layer in range(layers)]
 
 
 def _by_attention_types(config: ConfigJson) -> list[bool]:
