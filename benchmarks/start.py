@@ -1,6 +1,6 @@
 """How long commands take from the shell's prompt: median of some runs, beside what Python and torch take by themselves.
 
-    python benchmarks/start.py [--rounds 10] [--quick] [--values]
+    python benchmarks/start.py [--rounds 10] [--quick] [--values] [--cold]
 
 With --values instead: how many initial values are drawn in a second, from a seed by one core and by all, and as one
 stream as GPT-NeoX does it; by the fastest of the rounds, and by the processor's time, which other processes take no
@@ -8,13 +8,15 @@ part of; and how long that takes for models of three sizes on as many cores as p
 
 The checkpoint of many files is a Hugging Face folder of 1,000 safetensors files with 250 KB of weights each; that for
 the first token is a random Pythia 14M in fp32. The first step is one of 4 x 512 tokens from random weights, ours with
-everything that `castalia train` does before it. Files are in the page cache.
+everything that `castalia train` does before it. Files are in the page cache; with --cold, which root alone may ask for,
+the system forgets them before each command.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,7 +43,10 @@ print(loss.item())
 """
 
 
-def seconds(command: list[str]) -> float:
+def seconds(command: list[str], cold: bool) -> float:
+    if cold:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
@@ -140,6 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="one round, 10 files: does it run?")
     parser.add_argument("--values", action="store_true", help="initial values alone")
+    parser.add_argument("--cold", action="store_true", help="nothing is in the page cache")
     results.option(parser)
     args = parser.parse_args()
     if args.values:
@@ -167,13 +173,13 @@ def main() -> None:
         taken: dict[str, list[float]] = {label: [] for label in commands}
         for number in range(1 if args.quick else args.rounds + 1):
             for label, command in commands.items():
-                second = seconds(command)
+                second = seconds(command, args.cold)
                 if number or args.quick:  # the first fills the page cache
                     taken[label].append(second)
     print("| command | median s | fastest s |\n|---|---|---|")
     for label, found in taken.items():
         print(f"| {label} | {statistics.median(found):.2f} | {min(found):.2f} |")
-        results.record(label, found)
+        results.record(f"{label}, cold" if args.cold else label, found)
 
 
 if __name__ == "__main__":
