@@ -123,7 +123,9 @@ def _structure(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
 def model_settings(model: ModelConfig) -> dict[str, object]:
     """The settings that change what the model computes, with the values that None stands for."""
     values = {key: value for key, value in model.model_dump().items() if not ARCHITECTURE_ONLY.search(key)}
-    return values | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width}
+    # A run under `neox_exact` leaves what its blocks mix to that, as the checkpoint does that it goes on from.
+    over = model.rwkv_over or "time"
+    return values | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width, "rwkv_over": over}
 
 
 def _parts(relations: Mapping[str, Relation]) -> tuple[PartRatio, ...]:

@@ -15,7 +15,7 @@ from castalia.checkpoint.compare import close, equal, measure, row_orders
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import Checkpoint, CheckpointFacts, Progress
 from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
-from castalia.examine.diff import diff
+from castalia.examine.diff import diff, model_settings
 from castalia.examine.verify import verify
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
@@ -232,6 +232,13 @@ def test_unrelated_weights_and_other_architectures() -> None:
     assert "model.num_layers: 2 | 3" in found.structure
     assert diff(made(NEOX), made(ModelConfig(**SIZES | {"hidden_size": 64}))).verdict == "other_architecture"
     assert diff(made(NEOX), made(FAMILIES["llama"])).verdict == "other_architecture"
+
+
+def test_what_rwkv_blocks_mix_without_a_word_is_time() -> None:
+    """As a checkpoint of GPT-NeoX leaves it, from which a run may go on that says so."""
+    silent, said = (ModelConfig(**SIZES, pattern=("rwkv",), rwkv_over=over) for over in (None, "time"))
+    assert model_settings(silent) == model_settings(said)
+    assert model_settings(silent) != model_settings(silent.with_({"rwkv_over": "batch"}))
 
 
 def test_genuine_checkpoints(fixtures: Path) -> None:
