@@ -21,7 +21,16 @@ from castalia.config.lora_names import key_of_others, translate_targets
 from castalia.config.neox import read as neox_read
 from castalia.config.schema import RunConfig
 from castalia.config.setting import NEOX_DEFAULT, Setting, put
-from castalia.config.yaml_files import Findings, YamlMapping, merged, read_file, read_override, read_text, to_yaml
+from castalia.config.yaml_files import (
+    Findings,
+    YamlMapping,
+    already_given,
+    merged,
+    read_file,
+    read_override,
+    read_text,
+    to_yaml,
+)
 from castalia.errors import ConfigError
 from castalia.reading import reason, short
 
@@ -239,6 +248,12 @@ def _sort(
         # GPT-NeoX accepts dashes in keys, as on its command line.
         key, origin = written.replace("-", "_"), table.origins[written]
         block, *inner = key.split(".")
+        if written in table.earlier:
+            twice = f"{origin}: {already_given(written, table.earlier[written])}"
+            if neox_read.is_neox(key, value):  # as in its rwkv/170M.yml
+                findings.notes.append(f"{twice}: as in GPT-NeoX the last one counts")
+            else:
+                findings.errors.append(f"{twice}; keep one")
         if inner and key not in FIELDS and key not in SECTIONS and block in neox_read.KEYS:
             for name in reversed(inner):  # zero_optimization.stage=2 becomes zero_optimization: {stage: 2}
                 value = YamlMapping({name: value}, {name: origin})

@@ -34,12 +34,14 @@ class Findings:
 class YamlMapping(dict[str, Any]):
     """A YAML mapping with the place of each key: `origins[key]` is "file.yml:12".
 
-    A mapping merged from several sources also has in `precedences` the position of the source that gave each key.
+    `earlier` has the place before that of keys which a file gives more than once at its outermost level. A mapping
+    merged from several sources also has in `precedences` the position of the source that gave each key.
     """
 
     def __init__(self, values: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None) -> None:
         super().__init__(values or {})
         self.origins = dict(origins or {})
+        self.earlier: dict[str, str] = {}
         self.precedences: dict[str, int] = {}
 
 
@@ -137,14 +139,19 @@ def _mapping(node: yaml.MappingNode, label: str, findings: Findings, prefix: str
         key, origin = str(key_node.value), f"{label}:{_line(key_node)}"
         if not isinstance(key_node, yaml.ScalarNode):
             findings.errors.append(f"{origin}: a key must be a word, not a list or a mapping")
-        elif key in table:  # PyYAML itself would silently take the last one
-            findings.errors.append(
-                f"{origin}: {prefix}{key} is already given on line {table.origins[key].rpartition(':')[2]}; keep one"
-            )
+        elif key in table and prefix:  # PyYAML itself would silently take the last one
+            findings.errors.append(f"{origin}: {prefix}{already_given(key, table.origins[key])}; keep one")
         else:
+            if key in table:
+                table.earlier[key] = table.origins[key]
             table[key] = _value(value_node, label, findings, f"{prefix}{key}", depth + 1)
             table.origins[key] = origin
     return table
+
+
+def already_given(key: str, where: str) -> str:
+    """What is said of a key that its file has at an earlier place, too."""
+    return f"{key} is already given on line {where.rpartition(':')[2]}"
 
 
 def _count(label: str, findings: Findings, depth: int) -> None:

@@ -143,6 +143,16 @@ def test_stale_keys_and_bare_exponents_are_accepted_with_a_note(load, tmp_path):
     assert any("6e-4 is read as the number 0.0006" in note for note in config.notes)
 
 
+def test_of_its_keys_given_twice_the_last_one_counts_with_a_note(tmp_path):
+    """As in GPT-NeoX's rwkv/170M.yml."""
+    path = tmp_path / "twice.yml"
+    path.write_text('{"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2,\n"num_layers": 3}')
+    config = load_config(path)
+    assert config.model.num_layers == 3
+    said = "twice.yml:2: num_layers is already given on line 1: as in GPT-NeoX the last one counts"
+    assert any(said in note for note in config.notes)
+
+
 def test_former_keys_are_known_with_what_they_became(load):
     config = load(MODEL | {"save-interval": 7, "train_data_paths": ["text"], "label_data_paths": ["labels"], **FORMER})
     assert config.checkpoint.every == 7 and config.data.train[0].labels == "labels"
