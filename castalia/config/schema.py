@@ -258,7 +258,11 @@ class ModelConfig(Section):
         "gelu", "gelu_tanh", "relu", "silu", "mish", "softsign", "sigmoid", "identity"
     ] = Field("gelu_tanh", description="activation function of the MLP")  # fmt: skip
     gated_mlp: bool = Field(False, description="activation(gate(x)) * up(x) instead of activation(up(x))")
-    parallel_residual: bool = Field(False, description="x + attention(norm1 x) + mlp(norm2 x)")
+    parallel_residual: bool = Field(
+        False,
+        description="x + attention(norm1 x) + mlp(norm2 x); in blocks with experts GPT-NeoX drops the attention then, "
+        "as neox_exact does",
+    )
     shared_norm: bool = Field(False, description="parallel residual with one norm for both branches")
     attention_bias: bool = Field(True, description="biases in both attention matrices")
     attention_out_bias: bool | None = Field(
