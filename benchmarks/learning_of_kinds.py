@@ -18,7 +18,7 @@ STEPS = 15  # that a point is the mean of
 
 def main(output: str, *runs: str) -> None:
     """Writes the figure."""
-    figure, (axes,) = panels(size=(6, 3))
+    figure, (axes,) = panels(size=(7, 3.6))
     plain([axes])
     for run in runs:
         records = list(read_metrics(Path(run)))
