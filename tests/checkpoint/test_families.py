@@ -152,6 +152,8 @@ def test_a_whole_cycle(case: str, lora: bool, tmp_path: Path) -> None:
         ("llama", {"is_causal": False}, "is_causal=False is not supported"),
         ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),
         ("llama", {"pruned_heads": {"0": [1]}}, "pruned_heads={.*} is not supported"),
+        ("qwen2", {"vocab_size": None}, "vocab_size is null"),
+        ("llama", {"vocab_size": None}, "vocab_size is null"),
         ("qwen2", {"head_dim": 12}, "head_dim=12 is not supported; only None or 8"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "layer_types has 'chunked_attention'"),
         ("qwen2 windows", {"layer_types": ["chunked_attention"] * 4}, "layer_types has 'chunked_attention'"),

@@ -127,6 +127,8 @@ def read_config(path: Path) -> ConfigJson:
 
 def model_of(config: ConfigJson) -> ModelConfig:
     """The model that the class builds. Raises CheckpointError for values that our model cannot compute."""
+    if config["vocab_size"] is None:
+        raise config.refuse("vocab_size is null, which leaves the size of the embedding open")
     vocabulary = {"vocab_size": config["vocab_size"], "vocab_multiple": 1}
     try:
         return ModelConfig(**settings(config), **vocabulary, tie_embeddings=config["tie_word_embeddings"])
