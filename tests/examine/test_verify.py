@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.config.schema import ModelConfig
+from castalia.config.schema import ExpertsConfig, ModelConfig
 from castalia.errors import CheckpointError, ConfigError
 from castalia.examine.verify import logits, probe_tokens, verify
 from castalia.loading import build_model
@@ -60,6 +60,18 @@ def test_rounded_weights_hold_within_their_dtype() -> None:
     assert proof.holds
     assert 0 < proof.max_diff < 0.1 * proof.scale
     assert proof.equal_state is None
+
+
+def test_a_token_whose_experts_rounding_changes_is_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token of each row has logits far away, as with another expert."""
+    cfg = ModelConfig(**SIZES, experts=ExpertsConfig(count=4, width=16))
+    sides = made(cfg), made(cfg, dtype=torch.bfloat16)
+    switched = torch.zeros(2, 10, 1)
+    answers = iter([switched, switched.index_fill(1, torch.tensor([3]), 5.0)] * 2)
+    monkeypatch.setattr("castalia.examine.verify.logits", lambda *_: next(answers))
+    proof = verify(*sides)
+    assert proof.holds and proof.max_diff == 5 and "judged by the middle one, 0" in str(proof)
+    assert not verify(sides[0], sides[0]).holds  # nothing was rounded
 
 
 def test_what_differs_is_named_first_in_the_order_of_the_model() -> None:
