@@ -55,9 +55,8 @@ def seconds(command: list[str], cold: bool) -> float:
 def many_files(folder: Path, count: int) -> Path:
     """A checkpoint of GPT-NeoX's architecture with one tensor, or a few, in each of `count` files."""
     import torch
+    from safetensors.torch import save_file
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    from castalia.storage.safetensors import write_safetensors
 
     layers = -(-count // 12)
     config = GPTNeoXConfig(
@@ -71,7 +70,7 @@ def many_files(folder: Path, count: int) -> Path:
     for i, (name, shape) in enumerate(names.items()):
         parts[i % count][name] = torch.randn(shape)
     for file, tensors in zip(files, parts, strict=True):
-        write_safetensors(folder / file, tensors.items())
+        save_file(tensors, folder / file)
     index = {name: files[i % count] for i, name in enumerate(names)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.architectures = ["GPTNeoXForCausalLM"]

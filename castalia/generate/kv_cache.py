@@ -124,8 +124,15 @@ class Prompts:
 
     gaps, grows = False, True
 
-    def __init__(self, cache: KVCache, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        self.cache, self.rows, self.lengths = cache, rows, list(lengths)
+    def __init__(
+        self,
+        cache: KVCache,
+        rows: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`dtype`: in which they attend; None: that of the queries."""
+        self.cache, self.rows, self.lengths, self.dtype = cache, rows, list(lengths), dtype
         self.end = max(lengths)
         self.biases: list[tuple[Tensor, list[Tensor]]] = []  # of blocks with equal windows: the whole, of each prompt
 
@@ -143,8 +150,9 @@ class Prompts:
             for row in rows:
                 keys[row, :, : self.lengths[number]] = k[0, :, part]
                 values[row, :, : self.lengths[number]] = v[0, :, part]
-            own = own_biases[number]
-            outputs.append(attend(q[:, :, part], k[:, :, part], v[:, :, part], bias=own, **options))
+            own, dtype = own_biases[number], self.dtype or q.dtype
+            own = None if own is None else own.to(dtype)
+            outputs.append(attend(*(x[:, :, part].to(dtype) for x in (q, k, v)), bias=own, **options))
         return torch.cat(outputs, dim=2)
 
     def _cut(self, bias: Tensor) -> list[Tensor]:

@@ -7,19 +7,23 @@ Weights have the precision in the name of the class; inputs and outputs are fp32
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castalia.generate.fastest import Ways, fastest
+from castalia.storage.lazy import name_of
 
 ROUNDED = 1 << 22  # elements that are rounded to int8 at a time
 WIDENED = 1 << 20  # elements of int8 weights that are widened at a time
 SHARES = 8  # at least, where one row is multiplied in shares
 PROBE = (4096, 1024)  # weights [out, in] with which the ways to multiply one row are measured
-FEWEST = 4  # rows for which oneDNN's kernels are good; fewer are filled up, which saves a quarter to two thirds
+FEWEST = 4  # rows to which fewer are filled up, where oneDNN's kernels want that (see `fewest_rows`)
+# oneDNN adds up a single row by fp32 weights in another order than several, which a text must not depend on.
+LEAST = {torch.float32: 2, torch.bfloat16: 1}
 FEW = 12  # rows; with more, widening int8 weights costs less than a kernel that does row after row
 
 
@@ -33,9 +37,11 @@ class Fp32Product(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
         self.weight, self.bias = weight.detach().float(), None if bias is None else bias.detach().float()
-        self.multiply = few_rows if torch.backends.mkldnn.is_available() else F.linear
+        self.multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+        if torch.backends.mkldnn.is_available():
+            self.multiply = partial(few_rows, fewest=fewest_rows(torch.float32, torch.get_num_threads()))
         self.shares: Tensor | None = None
-        self.reordered = rows > 1 and self.multiply is few_rows
+        self.reordered = rows > 1 and self.multiply is not F.linear
         if self.reordered:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, max(rows, FEWEST))
         elif takes_shares(torch.get_num_threads()):
@@ -101,10 +107,11 @@ class Bf16Product(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), max(rows, FEWEST))
         self.bias = None if bias is None else bias.bfloat16()
+        self.fewest = fewest_rows(torch.bfloat16, torch.get_num_threads())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return few_rows(x.bfloat16(), self.weight, self.bias).float()
+        return few_rows(x.bfloat16(), self.weight, self.bias, self.fewest).float()
 
 
 class Int8Product(nn.Module):
@@ -145,11 +152,25 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (wide / scale[:, None].float()).round().clamp(-127, 127).char()
 
 
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias by oneDNN. `weight` [out, in] may be in oneDNN's order or in the usual one."""
+@cache
+def fewest_rows(dtype: torch.dtype, threads: int) -> int:
+    """Rows to which so many threads fill up a single one, as that takes them the least time: FEWEST or `LEAST`."""
+
+    def ways() -> Ways:
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(PROBE, dtype=dtype), FEWEST)
+        row = torch.ones(1, PROBE[1], dtype=dtype)
+        numbers = (LEAST[dtype], FEWEST)
+        return {str(number): lambda number=number: few_rows(row, weight, None, number) for number in numbers}
+
+    found = fastest(f"rows for one, by {name_of(dtype)} weights in oneDNN's order", ways)
+    return FEWEST if found == str(FEWEST) else LEAST[dtype]
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, fewest: int) -> Tensor:
+    """x weight^T + bias by oneDNN, with `fewest` rows or more. `weight` [out, in] may be in oneDNN's order or not."""
     rows = x.numel() // x.shape[-1]
-    if rows >= FEWEST:
+    if rows >= fewest:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    filled = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, FEWEST - rows))
+    filled = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, fewest - rows))
     out = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")
     return out[:rows].view(*x.shape[:-1], out.shape[-1])

@@ -6,17 +6,20 @@
 A mixture of experts and blocks without attention stay as they are, in the precision of their weights.
 
 Products have the precision of the weights. All else is fp32, because CPU kernels for bf16 are slower than those for
-fp32, above all attention.
+fp32, above all attention of a single query. That of prompts is bf16 where this is faster (`takes_halves`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from castalia.generate.fastest import Ways, fastest
 from castalia.generate.packed_matmul import Bf16Product, Fp32Product, Int8Product
 from castalia.model.attention import Attention, Context
 from castalia.model.layers import MLP, Linear
@@ -45,6 +48,9 @@ def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
     if model.norm is not None:
         model.norm.float()
     model.compute_dtype = torch.float32
+    if has_bf16_kernels() and (int8 or model.embed.weight.dtype == torch.bfloat16):
+        halves = takes_halves(torch.get_num_threads())
+        model.prompt_dtype = torch.bfloat16 if halves else None
 
 
 def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
@@ -53,6 +59,22 @@ def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
         return None
     kind = Int8Product if int8 else {torch.float32: Fp32Product, torch.bfloat16: Bf16Product}[dtype]
     return lambda affine: (Fp32Product if affine[0].numel() < SMALL else kind)(*affine, rows)
+
+
+@cache
+def takes_halves(threads: int) -> bool:
+    """Whether so many threads compute attention of a prompt faster in bf16 than in fp32."""
+
+    def ways() -> Ways:
+        q = torch.ones(1, 8, 512, 64)  # [b, n, t, d]
+
+        def in_halves() -> Tensor:
+            half = q.bfloat16()
+            return F.scaled_dot_product_attention(half, half, half, is_causal=True).float()
+
+        return {"fp32": lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), "bf16": in_halves}
+
+    return fastest("attention of a prompt", ways) == "bf16"
 
 
 def packed_block(block: Block, product: Maker) -> nn.Module:

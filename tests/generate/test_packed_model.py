@@ -4,6 +4,7 @@ import torch
 from castalia.generate import packed_matmul
 from castalia.generate import packed_model as packing
 from castalia.generate.generation import generate
+from castalia.generate.kv_cache import KVCache, Prompts
 from castalia.generate.packed_matmul import Fp32Product, Int8Product
 from castalia.generate.packed_model import has_bf16_kernels, pack
 
@@ -96,6 +97,22 @@ def test_fewer_bits_change_logits_little(make_twins, family, int8, bound, monkey
     assert 0 < apart(model, packed) < bound
 
 
+@needs_bf16_kernels
+@pytest.mark.parametrize("family", ["neox", "norms of heads", "alibi"])
+def test_prompts_that_attend_in_bf16_change_little(make_twins, family, monkeypatch):
+    """Where that is faster: two prompts of different lengths, whose keys and values are kept in fp32."""
+    found = []
+    for model, halves in zip(make_twins(family), (False, True), strict=True):
+        monkeypatch.setattr(packing, "takes_halves", lambda threads, halves=halves: halves)
+        pack(model.bfloat16(), rows=2)
+        cache = KVCache(2, 20, model.device)
+        with torch.inference_mode():
+            prompts = Prompts(cache, [[0], [1]], [13, 7], model.prompt_dtype)
+            found.append(model.logits(model.hidden(TOKENS[:1], cache=prompts)[0]))
+        assert {part.dtype for layer in cache.layers.values() for part in layer} == {torch.float32}
+    assert 0 < (found[0] - found[1]).square().mean().sqrt() / found[0].std() < 0.02
+
+
 def test_int8_codes_are_the_nearest():
     weight = torch.randn(64, 48) * torch.logspace(-6, 2, 64)[:, None]
     weight[7] = 0
@@ -107,12 +124,13 @@ def test_int8_codes_are_the_nearest():
     assert (product(torch.ones(1, 48))[0, 7] == 0).all()
 
 
-@pytest.mark.parametrize("shares", [False, True], ids=["one product", "shares"])
+@pytest.mark.parametrize(("shares", "fewest"), [(False, 2), (True, 4)], ids=["one product", "shares"])
 @pytest.mark.parametrize("packed_rows", [1, 2, 16])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5])
-def test_any_number_of_rows_and_outputs(rows, packed_rows, shares, monkeypatch):
+def test_any_number_of_rows_and_outputs(rows, packed_rows, shares, fewest, monkeypatch):
     """The outputs have no common divisor with any number of shares."""
     monkeypatch.setattr(packed_matmul, "takes_shares", lambda threads: shares)
+    monkeypatch.setattr(packed_matmul, "fewest_rows", lambda dtype, threads: fewest)
     torch.manual_seed(0)
     weight, x = torch.randn(97, 64), torch.randn(rows, 1, 64)
     for bias in (None, torch.randn(97)):
