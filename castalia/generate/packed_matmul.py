@@ -160,7 +160,7 @@ def fewest_rows(dtype: torch.dtype, threads: int) -> int:
         weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(PROBE, dtype=dtype), FEWEST)
         row = torch.ones(1, PROBE[1], dtype=dtype)
         numbers = (LEAST[dtype], FEWEST)
-        return {str(number): lambda number=number: few_rows(row, weight, None, number) for number in numbers}
+        return {str(number): partial(few_rows, row, weight, None, number) for number in numbers}
 
     found = fastest(f"rows for one, by {name_of(dtype)} weights in oneDNN's order", ways)
     return FEWEST if found == str(FEWEST) else LEAST[dtype]
