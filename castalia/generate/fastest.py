@@ -23,10 +23,10 @@ Ways = Mapping[str, Callable[[], object]]
 def fastest(task: str, ways: Callable[[], Ways]) -> str:
     """The name of the way that has the fastest round; `ways` is called only if nothing is known yet.
 
-    What was found is kept in the user's cache, for this processor, torch and number of threads: later processes take
-    the same way and so get the same bits.
+    What was found is kept in the user's cache, for this processor and torch: later processes take the same way and so
+    get the same bits. All ways are measured in one thread, for on a busy machine several wait for each other.
     """
-    machine = f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    machine = f"{processor_name()}, torch {torch.__version__}"
     name = blake2b(f"{task}, {machine}".encode(), digest_size=16).hexdigest()
     path = cache_folder() / "fastest" / f"{name}.json"
     with suppress(OSError, CastaliaError):  # whatever is missing or odd is measured anew
@@ -42,10 +42,14 @@ def fastest(task: str, ways: Callable[[], Ways]) -> str:
 
 def _measured(ways: Ways) -> dict[str, float]:
     """Seconds of the fastest round of each way."""
-    seconds = dict.fromkeys(ways, float("inf"))
-    for _ in range(ROUNDS):
-        for name, run in ways.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    seconds, threads = dict.fromkeys(ways, float("inf")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(ROUNDS):
+            for name, run in ways.items():
+                begin = time.perf_counter()
+                run()
+                seconds[name] = min(seconds[name], time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(threads)
     return seconds

@@ -39,12 +39,12 @@ class Fp32Product(nn.Module):
         self.weight, self.bias = weight.detach().float(), None if bias is None else bias.detach().float()
         self.multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
         if torch.backends.mkldnn.is_available():
-            self.multiply = partial(few_rows, fewest=fewest_rows(torch.float32, torch.get_num_threads()))
+            self.multiply = partial(few_rows, fewest=fewest_rows(torch.float32))
         self.shares: Tensor | None = None
         self.reordered = rows > 1 and self.multiply is not F.linear
         if self.reordered:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, max(rows, FEWEST))
-        elif takes_shares(torch.get_num_threads()):
+        elif takes_shares():
             self._share()
 
     def _share(self) -> None:
@@ -82,16 +82,16 @@ def number_of_shares(threads: int) -> int:
 
 
 @cache
-def takes_shares(threads: int) -> bool:
-    """Whether so many threads multiply one row by fp32 weights faster in shares.
+def takes_shares() -> bool:
+    """Whether one row is multiplied by fp32 weights faster in shares.
 
     MKL takes twice to three times as long for one product of a matrix and a row on AMD's processors, and for the
     shares on Intel's.
     """
 
     def ways() -> Ways:
-        count, (_, width) = number_of_shares(threads), PROBE
-        shares, row = torch.ones(count, PROBE[0] // count, width), torch.ones(width)
+        rows, width = PROBE
+        shares, row = torch.ones(SHARES, rows // SHARES, width), torch.ones(width)
         return {
             "one product": lambda: shares.view(-1, width).mv(row),
             "shares": lambda: in_shares(row, shares, None),
@@ -107,7 +107,7 @@ class Bf16Product(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), max(rows, FEWEST))
         self.bias = None if bias is None else bias.bfloat16()
-        self.fewest = fewest_rows(torch.bfloat16, torch.get_num_threads())
+        self.fewest = fewest_rows(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -153,8 +153,8 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def fewest_rows(dtype: torch.dtype, threads: int) -> int:
-    """Rows to which so many threads fill up a single one, as that takes them the least time: FEWEST or `LEAST`."""
+def fewest_rows(dtype: torch.dtype) -> int:
+    """Rows to which a single one is filled up, as that takes the least time: FEWEST or `LEAST`."""
 
     def ways() -> Ways:
         weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(PROBE, dtype=dtype), FEWEST)

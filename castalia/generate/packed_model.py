@@ -49,8 +49,7 @@ def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
         model.norm.float()
     model.compute_dtype = torch.float32
     if has_bf16_kernels() and (int8 or model.embed.weight.dtype == torch.bfloat16):
-        halves = takes_halves(torch.get_num_threads())
-        model.prompt_dtype = torch.bfloat16 if halves else None
+        model.prompt_dtype = torch.bfloat16 if takes_halves() else None
 
 
 def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
@@ -62,8 +61,8 @@ def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
 
 
 @cache
-def takes_halves(threads: int) -> bool:
-    """Whether so many threads compute attention of a prompt faster in bf16 than in fp32."""
+def takes_halves() -> bool:
+    """Whether attention of a prompt is computed faster in bf16 than in fp32."""
 
     def ways() -> Ways:
         q = torch.ones(1, 8, 512, 64)  # [b, n, t, d]

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from castalia.generate import fastest as measuring
 from castalia.generate.fastest import fastest
@@ -40,10 +41,16 @@ def test_the_fastest_way_is_taken_and_remembered(clock, tmp_path):
     assert {record["task"]: record["fastest"] for record in kept} == {"sums": "quick", "products": "slow"}
 
 
-def test_another_number_of_threads_is_measured_by_itself(clock, monkeypatch):
-    assert fastest("sums", lambda: clock.ways(a=1, b=2)) == "a"
-    monkeypatch.setattr(measuring.torch, "get_num_threads", lambda: 1000)
-    assert fastest("sums", lambda: clock.ways(a=2, b=1)) == "b"
+def test_ways_are_measured_in_one_thread_and_on_each_processor(clock, monkeypatch):
+    threads, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        assert fastest("sums", lambda: {"a": lambda: seen.append(torch.get_num_threads())}) == "a"
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(measuring, "processor_name", lambda: "another one")
+    assert fastest("sums", lambda: clock.ways(b=1)) == "b"
 
 
 @pytest.mark.parametrize("damage", [b"", b"[1]", b'{"fastest": 3}', b"\xff"])

@@ -65,7 +65,7 @@ def make_twins(make_model):
 @pytest.mark.parametrize(("rows", "shares"), [(1, False), (1, True), (16, False)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_gives_the_same_logits(make_twins, family, rows, shares, monkeypatch):
-    monkeypatch.setattr(packed_matmul, "takes_shares", lambda threads: shares)
+    monkeypatch.setattr(packed_matmul, "takes_shares", lambda: shares)
     model, packed = make_twins(family)
     pack(packed, rows=rows)
     assert apart(model, packed) < 1e-6
@@ -103,7 +103,7 @@ def test_prompts_that_attend_in_bf16_change_little(make_twins, family, monkeypat
     """Where that is faster: two prompts of different lengths, whose keys and values are kept in fp32."""
     found = []
     for model, halves in zip(make_twins(family), (False, True), strict=True):
-        monkeypatch.setattr(packing, "takes_halves", lambda threads, halves=halves: halves)
+        monkeypatch.setattr(packing, "takes_halves", lambda halves=halves: halves)
         pack(model.bfloat16(), rows=2)
         cache = KVCache(2, 20, model.device)
         with torch.inference_mode():
@@ -129,8 +129,8 @@ def test_int8_codes_are_the_nearest():
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5])
 def test_any_number_of_rows_and_outputs(rows, packed_rows, shares, fewest, monkeypatch):
     """The outputs have no common divisor with any number of shares."""
-    monkeypatch.setattr(packed_matmul, "takes_shares", lambda threads: shares)
-    monkeypatch.setattr(packed_matmul, "fewest_rows", lambda dtype, threads: fewest)
+    monkeypatch.setattr(packed_matmul, "takes_shares", lambda: shares)
+    monkeypatch.setattr(packed_matmul, "fewest_rows", lambda dtype: fewest)
     torch.manual_seed(0)
     weight, x = torch.randn(97, 64), torch.randn(rows, 1, 64)
     for bias in (None, torch.randn(97)):
