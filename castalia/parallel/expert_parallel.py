@@ -21,15 +21,16 @@ from castalia.parallel.shards import leaving, local
 class SplitExperts(ParallelStyle):
     """Gives each rank whole experts. Every rank routes all tokens, and computes those that its experts get.
 
-    Outputs of the ranks are summed, or scattered, as `inside` says.
+    Outputs of the ranks are summed, or scattered, as `inside` says. `exact`: gradients of experts are divided by the
+    number of ranks though they are whole, as in GPT-NeoX.
     """
 
-    def __init__(self, inside: Placement) -> None:
-        self.inside = inside
+    def __init__(self, inside: Placement, exact: bool) -> None:
+        self.inside, self.exact = inside, exact
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, ExpertMLP)
-        split_experts(module.experts, device_mesh)
+        split_experts(module.experts, device_mesh, 1 / device_mesh.size() if self.exact else 1.0)
         number = module.experts.matrices()[0].shape[0]
         module.held = slice(device_mesh.get_local_rank() * number, (device_mesh.get_local_rank() + 1) * number)
         weight = distribute_tensor(module.router.weight, device_mesh, [Replicate()])
@@ -47,13 +48,16 @@ class SplitExperts(ParallelStyle):
         return out if module.shared is None else out + module.gated(module.shared(whole), x)
 
 
-def split_experts(experts: Experts, mesh: DeviceMesh) -> None:
-    """Gives each rank of the mesh the matrices of consecutive experts."""
+def split_experts(experts: Experts, mesh: DeviceMesh, share: float = 1.0) -> None:
+    """Gives each rank of the mesh the matrices of consecutive experts, which take this share of their gradients."""
     for name, parameter in list(experts.named_parameters()):
         experts.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
 
+    def held(parameter: nn.Parameter) -> Tensor:
+        return local(parameter) if share == 1.0 else _ShareOfGradient.apply(local(parameter), share)
+
     def matrices() -> tuple[Tensor, Tensor | None, Tensor]:
-        return local(experts.up), None if experts.gate is None else local(experts.gate), local(experts.down)
+        return held(experts.up), None if experts.gate is None else held(experts.gate), held(experts.down)
 
     experts.matrices = matrices  # type: ignore[method-assign]
 
@@ -81,6 +85,19 @@ def computed_elsewhere(experts: Experts, group: dist.ProcessGroup, rows: Tensor,
     by_expert = held.argsort(stable=True)
     out = experts(got[by_expert], arriving.sum(0))
     return _Exchange.apply(torch.empty_like(out).index_copy(0, by_expert, out), received, sent, group)
+
+
+class _ShareOfGradient(torch.autograd.Function):
+    """The tensor itself, which gets only a share of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad * ctx.share, None
 
 
 class _Exchange(torch.autograd.Function):

@@ -93,7 +93,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         # Families differ: there may be no gate, and one norm instead of two.
         present = {name: style for name, style in block_plan.items() if _find(block, name) is not None}
         if isinstance(block.mlp, ExpertMLP):
-            present |= {"mlp": SplitExperts(inside), "mlp.router.balance": Replicated(Replicate())}
+            present |= {"mlp": SplitExperts(inside, model.exact), "mlp.router.balance": Replicated(Replicate())}
             present |= {"mlp.shared_gate": Replicated(inside), "mlp.shared.up": ColwiseParallel()}
             present |= {"mlp.shared.gate": ColwiseParallel(), "mlp.shared.down": RowwiseParallel(output_layouts=inside)}
             present = {name: style for name, style in present.items() if _find(block, name) is not None}

@@ -70,3 +70,14 @@ def test_in_bf16_losses_stay_close_and_the_biases_are_moved_alike(pool, tiny, al
     ranks = pool.run(train_steps, 2, tiny("balanced", "parallel.expert=2", "parallel.zero=3", *half), 3)
     one = alone("balanced", *half, steps=3)
     np.testing.assert_allclose(ranks[0].losses, one.losses, rtol=2e-3)
+
+
+def test_gradients_of_experts_are_divided_by_tensor_ranks_only_as_the_original_does(pool, tiny):
+    def norm(world, *overrides):
+        """Of the experts' gradients in the first step; nothing else trains."""
+        only = ['finetune.train=["mlp.experts"]', "model.init=seeded"]
+        return pool.run(train_steps, world, tiny("experts", *only, *overrides), 1)[0].norms[0]
+
+    assert norm(2, "parallel.tp=2") == pytest.approx(norm(1), rel=1e-5)
+    exact = "neox_exact=true"
+    assert norm(2, "parallel.tp=2", exact) == pytest.approx(norm(1, exact) / 2, rel=1e-5)
