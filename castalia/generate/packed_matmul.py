@@ -20,7 +20,7 @@ from castalia.storage.lazy import name_of
 ROUNDED = 1 << 22  # elements that are rounded to int8 at a time
 WIDENED = 1 << 20  # elements of int8 weights that are widened at a time
 SHARES = 8  # at least, where one row is multiplied in shares
-PROBE = (4096, 1024)  # weights [out, in] with which the ways to multiply one row are measured
+PROBE = (8192, 1024)  # weights [out, in] with which the ways to multiply one row are measured
 FEWEST = 4  # rows to which fewer are filled up, where oneDNN's kernels want that (see `fewest_rows`)
 # oneDNN adds up a single row by fp32 weights in another order than several, which a text must not depend on.
 LEAST = {torch.float32: 2, torch.bfloat16: 1}
