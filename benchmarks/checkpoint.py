@@ -1,12 +1,12 @@
 """Checkpoints side by side: ours, torch's distributed checkpoints (DCP), `torch.save`; beside them memory and disk.
 
-    python benchmarks/checkpoint.py [--megabytes 600] [--rounds 5] [--folder .] [--quick]
+    python benchmarks/checkpoint.py [--megabytes 600] [--rounds 5] [--ranks 2] [--folder .] [--quick]
 
 All sides take turns with the same tensors: a model's fp32 parameters and AdamW's two moments. A save has ended when
 everything is on disk: where a side does not call `fsync`, this program does. What is read lies in the page cache, and
-goes into tensors that are there already; it must be what was saved. Resharding: two processes load half of the rows of
-every tensor from what one process saved. The floors: one copy in memory for the time in which an asynchronous save
-holds up training; writing and reading one file of the same size for the others.
+goes into tensors that are there already; it must be what was saved. Resharding: `--ranks` processes load a share each
+of the rows of every tensor from what one process saved. The floors: one copy in memory for the time in which an
+asynchronous save holds up training; writing and reading one file of the same size for the others.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from castalia.machine import keep_freed_memory
 from castalia.plan.count import count
 from castalia.train.optimizer import make_optimizer
 
-RANKS = 2
 SIDES = ("castalia", "DCP", "torch.save")
 TARGETS = {"blocked": "1.2x", "save": "0.8", "load": "0.7", "reshard": "0.7"}
 
@@ -50,11 +49,11 @@ TARGETS = {"blocked": "1.2x", "save": "0.8", "load": "0.7", "reshard": "0.7"}
 class State:
     """Parameters and their optimizer: all rows, or this rank's."""
 
-    def __init__(self, model: ModelConfig, rank: int | None = None) -> None:
-        self.model, self.rank = model, rank
+    def __init__(self, model: ModelConfig, rank: int | None = None, ranks: int = 1) -> None:
+        self.model, self.rank, self.ranks = model, rank, ranks
         shapes = tensor_shapes(model)
         if rank is not None:
-            shapes = {name: (rows // RANKS, *rest) for name, (rows, *rest) in shapes.items()}
+            shapes = {name: (rows // ranks, *rest) for name, (rows, *rest) in shapes.items()}
         self.parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         self.optimizer = make_optimizer(self.parameters, OptimizerConfig())
 
@@ -73,7 +72,7 @@ class State:
         if self.rank is None or not tensor.dim():
             return Shard.whole(tensor)
         rows, *rest = tensor.shape
-        return Shard(tensor, (RANKS * rows, *rest), (self.rank * rows, *(0 for _ in rest)))
+        return Shard(tensor, (self.ranks * rows, *rest), (self.rank * rows, *(0 for _ in rest)))
 
     def fill(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -123,7 +122,7 @@ def load(side: str, folder: Path, state: State) -> None:
     elif side == "DCP":
         tensors: dict[str, Any] = state.tensors()
         if state.rank is not None:
-            mesh = init_device_mesh("cpu", (RANKS,))
+            mesh = init_device_mesh("cpu", (state.ranks,))
             tensors = {name: DTensor.from_local(tensor, mesh, [Rows(0)]) for name, tensor in tensors.items()}
         dcp.load(tensors, checkpoint_id=path)
     else:
@@ -163,11 +162,11 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def resharder(rank: int, model: ModelConfig, folder: Path, rounds: int, results: Any) -> None:
-    """A process that has half of the rows. The first one reports (side, seconds), both report the bytes read."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // RANKS))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
-    state = State(model, rank)
+def resharder(rank: int, model: ModelConfig, folder: Path, rounds: int, ranks: int, results: Any) -> None:
+    """A process that has its share of the rows. It reports (side, seconds, bytes read)."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks)
+    state = State(model, rank, ranks)
     whole = State(model)
     whole.fill()
     for _ in range(rounds):
@@ -178,7 +177,7 @@ def resharder(rank: int, model: ModelConfig, folder: Path, rounds: int, results:
             before = bytes_read()
             seconds = timed(lambda: (load(side, folder, state), dist.barrier()))  # noqa: B023 - called at once
             results.put((side, seconds, bytes_read() - before))
-            check(side, {name: t.chunk(RANKS)[rank] for name, t in whole.tensors().items()}, state)
+            check(side, {name: t.chunk(ranks)[rank] for name, t in whole.tensors().items()}, state)
     dist.destroy_process_group()
 
 
@@ -193,7 +192,9 @@ def check(side: str, wanted: Mapping[str, torch.Tensor], state: State) -> None:
         assert torch.equal(tensor, wanted[name]), f"{side} did not give back {name}"
 
 
-def measure(folder: Path, model: ModelConfig, rounds: int) -> tuple[dict[str, dict[str, list[float]]], list[int]]:
+def measure(
+    folder: Path, model: ModelConfig, rounds: int, ranks: int
+) -> tuple[dict[str, dict[str, list[float]]], list[int]]:
     """Seconds by task and side; the bytes that each process of ours read while it resharded."""
     state, target = State(model), State(model)
     state.fill()
@@ -221,7 +222,7 @@ def measure(folder: Path, model: ModelConfig, rounds: int) -> tuple[dict[str, di
             note(*row)
     saver.writer.close()
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(resharder, (model, folder, rounds, results), nprocs=RANKS)
+    mp.spawn(resharder, (model, folder, rounds, ranks, results), nprocs=ranks)
     read = []
     while not results.empty():
         side, seconds, count_read = results.get()
@@ -235,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=600, help="of parameters and moments")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=2, help="processes that load a share each")
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     parser.add_argument("--quick", action="store_true", help="2 MB, one round: does it run and agree?")
     results.option(parser)
@@ -245,13 +247,13 @@ def main() -> None:
     model = shape_of(args.megabytes)
     size = 12 * count(model).total
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        found, read = measure(Path(name), model, args.rounds)
+        found, read = measure(Path(name), model, args.rounds, args.ranks)
     num_tensors = 3 * len(tensor_shapes(model))
     print(f"{size / 1e6:.0f} MB in {num_tensors} tensors, median of {args.rounds}, {os.cpu_count()} cores")
     print(f"torch {torch.__version__}\n\n| ms | {' | '.join(SIDES)} | floor | floor MB/s | floor / ours | target |")
     print("|---|---|---|---|---|---|---|---|")
     words = {"blocked": "asynchronous save holds up training", "save": "save, until on disk", "load": "load"}
-    words["reshard"] = f"load by {RANKS} processes, half each"
+    words["reshard"] = f"load by {args.ranks} processes, a share each"
     for task, sides in found.items():
         medians = {side: statistics.median(sides[side]) for side in (*SIDES, "floor")}
         results.record(words[task], sides["castalia"])
@@ -259,7 +261,7 @@ def main() -> None:
         cells = [f"{seconds * 1e3:.0f}" for seconds in medians.values()] + [f"{size / medians['floor'] / 1e6:.0f}"]
         shown = f"{1 / ratio:.2f}x its time" if task == "blocked" else f"{ratio:.2f}"
         print(f"| {' | '.join([words[task], *cells, shown, TARGETS[task]])} |")
-    whole = size * len(read) / RANKS
+    whole = size * len(read) / args.ranks
     print(f"\nbytes that ours read while resharding, over the checkpoint's: {sum(read) / whole:.3f}")
 
 
