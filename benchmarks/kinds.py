@@ -1,7 +1,7 @@
 """Other kinds of layers beside plain ways to compute them.
 
     OMP_NUM_THREADS=1 python benchmarks/kinds.py [--rounds 5] [--tokens 2048] [--hidden 256] [--width 512] [--top-k 2]
-    OMP_NUM_THREADS=1 python benchmarks/kinds.py --kind mamba [--rounds 5] [--tokens 2048] [--hidden 256]
+    OMP_NUM_THREADS=1 python benchmarks/kinds.py --kind mamba [--rounds 5] [--tokens 2048] [--mamba-ssm FOLDER]
     OMP_NUM_THREADS=1 python benchmarks/kinds.py --kind rwkv [--rounds 5] [--tokens 2048] [--hidden 256]
     python benchmarks/kinds.py --json RESULTS.json --draw PICTURE.png
 
@@ -17,6 +17,8 @@ agree.
 Mamba, 4 sequences of different lengths, beside transformers' mixer with the same weights, which computes one token
 after another and lets autograd keep all states, where its kernels for GPUs are not there. The floor is the mixer
 without its scan. Memory is the most that tensors hold during both passes, weights and input aside. Outputs must agree.
+`--mamba-ssm` is the folder of that package's source (`pip download --no-deps --no-binary :all: mamba-ssm`, unpacked):
+another side is ours with its `selective_scan_ref`, which is plain torch, while the rest needs a compiler for GPUs.
 
 RWKV-6, 4 sequences of different lengths in heads of 64, beside the same block whose scan computes one token after
 another and lets autograd keep all states. The floor is the block without its scan.
@@ -25,12 +27,15 @@ another and lets autograd keep all states. The floor is the block without its sc
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import results
 import torch
@@ -128,6 +133,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("experts", "mamba", "rwkv"), default="experts")
     for name, default in {"rounds": 5, "tokens": 2048, "hidden": 256, "width": 512, "top-k": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--mamba-ssm", type=Path, metavar="FOLDER")
     parser.add_argument("--draw", type=Path, metavar="PICTURE")
     results.option(parser)
     given = parser.parse_args()
@@ -143,6 +149,31 @@ def without_scan(mixer: MambaMixer, x: Tensor) -> Tensor:
     u = F.silu(mixer.conv(F.pad(mixer.in_x(x), (0, 0, mixer.conv.taps - 1, 0))))
     step = mixer.dt_proj(mixer.x_proj(u)[..., : mixer.rank])
     return mixer.out((u + step) * F.silu(mixer.in_z(x)))
+
+
+def reference_scan(source: Path) -> Callable[..., Tensor]:
+    """`selective_scan_ref` of mamba-ssm's source. The module that it stands in wants kernels that were compiled."""
+    import einops
+
+    path = source / "mamba_ssm" / "ops" / "selective_scan_interface.py"
+    functions = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef))
+    wanted = next(node for node in functions if node.name == "selective_scan_ref")
+    names: dict[str, Any] = {"torch": torch, "F": F, "rearrange": einops.rearrange, "repeat": einops.repeat}
+    exec(compile(ast.Module([wanted], []), str(path), "exec"), names)
+    return names[wanted.name]
+
+
+def scanned_by(scan: Callable[..., Tensor], mixer: MambaMixer, x: Tensor) -> Tensor:
+    """The mixer with another scan, which also applies the gate."""
+    u = F.silu(mixer.conv(F.pad(mixer.in_x(x), (0, 0, mixer.conv.taps - 1, 0))))
+    rank, own = mixer.rank, mixer.scan
+    mixed, states = mixer.x_proj(u), own.a_log.shape[1]
+    step, inputs, outputs = mixer.dt_proj(mixed[..., :rank]), *mixed[..., rank:].split(states, dim=-1)
+    given = (part.transpose(1, 2) for part in (inputs, outputs))
+    gate = mixer.in_z(x).transpose(1, 2)
+    options = {"D": own.d, "z": gate, "delta_bias": own.dt_bias, "delta_softplus": True}
+    y = scan(u.transpose(1, 2), step.transpose(1, 2), -own.a_log.exp(), *given, **options)
+    return mixer.out(y.transpose(1, 2))
 
 
 def peak_bytes(compute: Callable[[Tensor], Tensor], x: Tensor) -> int:
@@ -166,18 +197,26 @@ def mamba(given: argparse.Namespace) -> None:
     ours = {f"blocks.0.mamba.{name}": InMemory(value.data) for name, value in mixer.named_parameters()}
     rules = [rule.at(i=0) for rule in mamba_rules(cfg, "")]
     theirs.load_state_dict({name: refs[0].read() for name, refs in to_theirs(rules, ours).items()})
-    sides = {"ours": mixer, "transformers": theirs, "floor": lambda rows: without_scan(mixer, rows)}
-    print("length  ours, ms  transformers', ms  floor, ms  of the floor  ours, MB  transformers', MB")
+    others: dict[str, Callable[[Tensor], Tensor]] = {"transformers": theirs}
+    if given.mamba_ssm:
+        others["mamba-ssm's reference"] = partial(scanned_by, reference_scan(given.mamba_ssm), mixer)
+    sides = {"ours": mixer, **others, "floor": partial(without_scan, mixer)}
+    print("| length | " + " | ".join(f"{name}, ms" for name in sides) + " | of the floor | ", end="")
+    print(" | ".join(f"{name}, MB" for name in ("ours", *others)) + " |\n|" + "---|" * (2 * len(sides) + 1))
     length = 64
     while 4 * length <= given.tokens:
         x = torch.randn(4, length, given.hidden)
         with torch.no_grad():
-            assert (mixer(x) - theirs(x)).abs().max() < 1e-4
-        taken, slow, floor = turns(f"mamba, {length} tokens", sides, x, given.rounds)
-        mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "transformers"))
-        print(
-            f"{length:6}  {taken:8.1f}  {slow:17.1f}  {floor:9.1f}  {floor / taken:12.0%}  {mine:8.1f}  {others:17.1f}"
-        )
+            for other in others.values():
+                assert (mixer(x) - other(x)).abs().max() < 1e-4
+        taken = turns(f"mamba, {length} tokens", sides, x, given.rounds)
+        memory = [peak_bytes(sides[name], x) / 1e6 for name in ("ours", *others)]
+        cells = [
+            *(f"{value:.1f}" for value in taken),
+            f"{taken[-1] / taken[0]:.0%}",
+            *(f"{size:.1f}" for size in memory),
+        ]
+        print(f"| {length} | {' | '.join(cells)} |", flush=True)
         length *= 2
 
 
