@@ -107,7 +107,8 @@ class Bf16Product(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), max(rows, FEWEST))
         self.bias = None if bias is None else bias.bfloat16()
-        self.fewest = fewest_rows(torch.bfloat16)
+        # With several texts at a time, a single row must get the bits that it has among them: those of FEWEST.
+        self.fewest = fewest_rows(torch.bfloat16) if rows == 1 else FEWEST
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
