@@ -6,7 +6,7 @@
 A mixture of experts and blocks without attention stay as they are, in the precision of their weights.
 
 Products have the precision of the weights. All else is fp32, because CPU kernels for bf16 are slower than those for
-fp32, above all attention of a single query. That of prompts is bf16 where this is faster (`takes_halves`).
+fp32, above all attention of a single query. That of prompts is bf16 where this is faster (`prompts_attend_in_bf16`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
         model.norm.float()
     model.compute_dtype = torch.float32
     if has_bf16_kernels() and (int8 or model.embed.weight.dtype == torch.bfloat16):
-        model.prompt_dtype = torch.bfloat16 if takes_halves() else None
+        model.prompt_dtype = torch.bfloat16 if prompts_attend_in_bf16() else None
 
 
 def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
@@ -61,17 +61,17 @@ def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
 
 
 @cache
-def takes_halves() -> bool:
+def prompts_attend_in_bf16() -> bool:
     """Whether attention of a prompt is computed faster in bf16 than in fp32."""
 
     def ways() -> Ways:
         q = torch.ones(1, 8, 512, 64)  # [b, n, t, d]
 
-        def in_halves() -> Tensor:
-            half = q.bfloat16()
-            return F.scaled_dot_product_attention(half, half, half, is_causal=True).float()
+        def in_bf16() -> Tensor:
+            rounded = q.bfloat16()
+            return F.scaled_dot_product_attention(rounded, rounded, rounded, is_causal=True).float()
 
-        return {"fp32": lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), "bf16": in_halves}
+        return {"fp32": lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), "bf16": in_bf16}
 
     return fastest("attention of a prompt", ways) == "bf16"
 

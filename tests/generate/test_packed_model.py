@@ -103,7 +103,7 @@ def test_prompts_that_attend_in_bf16_change_little(make_twins, family, monkeypat
     """Where that is faster: two prompts of different lengths, whose keys and values are kept in fp32."""
     found = []
     for model, halves in zip(make_twins(family), (False, True), strict=True):
-        monkeypatch.setattr(packing, "takes_halves", lambda halves=halves: halves)
+        monkeypatch.setattr(packing, "prompts_attend_in_bf16", lambda halves=halves: halves)
         pack(model.bfloat16(), rows=2)
         cache = KVCache(2, 20, model.device)
         with torch.inference_mode():
