@@ -175,6 +175,7 @@ def _adapters(row: TensorRow) -> list[TensorRow]:
 
 _BY_NAME = {row.name: row for row in (*ROWS, *(part for row in ROWS if row.adaptable for part in _adapters(row)))}
 _PLACES = {row.name: number for number, row in enumerate(ROWS)}  # of those outside of blocks
+_FIRST_MODULES = {row.module for row in BEFORE_BLOCKS}
 
 
 @cache
@@ -233,7 +234,7 @@ def block_of(name: str) -> int:
     """The number of the block that holds a tensor or module; -1 before all blocks, a huge number after them."""
     if block := re.match(r"blocks\.(\d+)", name):
         return int(block[1])
-    return -1 if name.split(".")[0] in {row.module for row in BEFORE_BLOCKS} else sys.maxsize
+    return -1 if name.split(".")[0] in _FIRST_MODULES else sys.maxsize
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
 from castalia.config.schema import LayerKind, ModelConfig
-from castalia.config.tensor_table import BLOCK, FINAL_NORM, block_of, local_size, row_of, shapes_of, tensor_shapes
+from castalia.config.tensor_table import (
+    AFTER_BLOCKS,
+    BEFORE_BLOCKS,
+    BLOCK,
+    FINAL_NORM,
+    block_of,
+    local_size,
+    row_of,
+    shapes_of,
+    tensor_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -23,12 +32,15 @@ class ParameterCount:
 
 def count(model: ModelConfig) -> ParameterCount:
     """The parameters of a model, whose vocabulary must be known."""
-    by_kind: dict[str, int] = {}
-    for name, shape in tensor_shapes(model).items():
-        kind = re.sub(r"blocks\.\d+", "blocks.*", name)
-        by_kind[kind] = by_kind.get(kind, 0) + prod(shape)
+    numbers = Counter(model.layer_kinds)
+    by_kind = {name: prod(shape) for name, shape in shapes_of(BEFORE_BLOCKS, model).items()}
+    for kind, number in numbers.items():  # equal blocks are counted once
+        for name, shape in shapes_of(BLOCK, model, kind).items():
+            name = name.format(i="*")
+            by_kind[name] = by_kind.get(name, 0) + number * prod(shape)
+    by_kind |= {name: prod(shape) for name, shape in shapes_of(AFTER_BLOCKS, model).items()}
     total = sum(by_kind.values())
-    idle = sum(block_size(model, kind) - active_size(model, kind) for kind in model.layer_kinds)
+    idle = sum(number * (block_size(model, kind) - active_size(model, kind)) for kind, number in numbers.items())
     return ParameterCount(total, total - idle, non_embedding(model), by_kind)
 
 

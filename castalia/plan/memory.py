@@ -253,9 +253,9 @@ def _attention_blocks(model: ModelConfig, layout: Layout, tokens: int, length: i
     """`activations` of blocks with attention, of which only some may have the sliding window, on average."""
     share = model.windowed_share
     whole = model.with_({"sliding_window": None}) if share < 1 and model.sliding_window else model
-    parts = [_attention_block(each, layout, tokens, length, compute) for each in (model, whole)]
     if whole is model:
-        return parts[0]
+        return _attention_block(model, layout, tokens, length, compute)
+    parts = [_attention_block(each, layout, tokens, length, compute) for each in (model, whole)]
     return Activations(*(int(share * a + (1 - share) * b) for a, b in zip(*map(astuple, parts), strict=True)))
 
 
@@ -535,13 +535,13 @@ class Rank:
             outside += sizes["embed.weight"]
         return self.stage.layers * sizes["blocks"] // self.model.num_layers + outside
 
-    @property
+    @cached_property
     def masters(self) -> int:
         """Bytes of the fp32 parameters, and of a reference model's in the compute dtype, before sharding."""
         wide = (4 - self.compute.element_bytes) * self.stage.layers * self._wide if self.compute.reference else 0
         return 4 * self._on_stage(self._state(False)) + self.compute.element_bytes * self.reference + wide
 
-    @property
+    @cached_property
     def moments(self) -> int:
         """Bytes of optimizer state, before sharding."""
         blocks, kept = self.stage.layers * self._state(True)["blocks"] // self.model.num_layers, self.compute.moments
@@ -554,7 +554,7 @@ class Rank:
 
     def memory(self) -> Memory:
         """The memory at the moment of a step when it is largest."""
-        moments = [self._at_loss(), self._at_end()]
+        moments = [self._at_loss(), self.at_end()]
         if self.live < self.stage.layers:
             moments.append(self._in_frozen_block())
         if self.live:
@@ -594,7 +594,8 @@ class Rank:
             activations=self.one.whole + self.attending.bias + self._backward_work,
         )
 
-    def _at_end(self) -> Memory:
+    def at_end(self) -> Memory:
+        """The memory when all gradients exist: quickly worked out, and `memory` is no less."""
         # A tied embedding's own gradient exists in full before it is added to the head's.
         tied = 4 * self.training["embed.weight"] if self.model.tie_embeddings and self.stage.first else 0
         return self._memory(

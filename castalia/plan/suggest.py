@@ -9,7 +9,7 @@ from typing import Literal
 from castalia.config.schema import ModelConfig
 from castalia.plan.count import count
 from castalia.plan.layout import Layout, problem
-from castalia.plan.memory import Memory
+from castalia.plan.memory import Memory, Rank
 from castalia.plan.step_cost import Costs, PlanRequest, Verdict, evaluate_layout, fits, fullest_ranks
 from castalia.units import GiB
 
@@ -124,7 +124,8 @@ def fitting_layouts(job: PlanRequest) -> Iterator[Layout]:
     if state > job.gpus * job.device.usable_bytes(0):
         return  # no layout divides parameters and optimizer state further than over all devices
     for layout in layouts(job):
-        if all(fits(job, layout, rank.memory()) for rank in fullest_ranks(job, layout)):
+        ranks = fullest_ranks(job, layout)
+        if all(fits(job, layout, memory) for moment in (Rank.at_end, Rank.memory) for memory in map(moment, ranks)):
             yield layout
 
 
