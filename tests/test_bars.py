@@ -30,7 +30,7 @@ def test_a_bar_is_for_terminals():
 def test_evaluation_has_a_bar_beside_that_of_the_steps():
     screen = Terminal()
     with Display() as display:
-        display.console, display.fancy = Console(file=screen, force_terminal=True, width=100), True
+        display.console = Console(file=screen, force_terminal=True, width=100)
         display.start(2, 10, 100)
         with display.working("evaluating", 4) as advance:
             for _ in range(3):

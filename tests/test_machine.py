@@ -1,3 +1,4 @@
+import gc
 import os
 import platform
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from castalia import machine
-from castalia.machine import close_gaps, free_memory, total_memory, usable_cores
+from castalia.machine import close_gaps, free_memory, no_collections, total_memory, usable_cores
 
 
 def test_a_process_has_cores_and_memory():
@@ -23,6 +24,16 @@ def test_of_a_control_group_what_is_left_counts(tmp_path, monkeypatch):
     assert free_memory() == 600_000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() > free / 2
+
+
+def test_python_collects_again_after_imports():
+    with pytest.raises(ImportError), no_collections():
+        assert not gc.isenabled()
+        with no_collections():
+            pass
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other heaps")

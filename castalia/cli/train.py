@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.machine import no_collections
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _rehearse(config: RunConfig, verbose: bool) -> dict[str, Any]:
     from castalia.train.start_checks import find_obstacles, refuse
 
     refuse(find_obstacles(config))
-    from castalia.train.dry_run import rehearse
+    with no_collections():
+        from castalia.train.dry_run import rehearse
 
     return rehearse(config, verbose)
 
@@ -115,7 +117,8 @@ def train(config: RunConfig, verbose: bool = False) -> str:
     from castalia.train.start_checks import find_obstacles, refuse
 
     refuse(find_obstacles(config))  # first, because torch takes a second to import
-    from castalia.train.loop import train as run
+    with no_collections():
+        from castalia.train.loop import train as run
 
     return str(run(config, verbose))
 

@@ -10,14 +10,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
-from typing import IO, Any, cast
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from castalia.bars import Advance, progress
 from castalia.units import duration
 from castalia.wrapping import WIDTH, wrapped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 RECENT = 20  # steps whose median tells how long the others take
 
@@ -65,12 +66,13 @@ class Display:
     """Prints to standard output. A context manager: leaving it ends the progress bar."""
 
     def __init__(self, silent: bool = False) -> None:
-        self.console = Console(
-            file=cast("IO[str]", Stdout()), highlight=False, soft_wrap=True, markup=False, quiet=silent
-        )
-        self.silent = silent
-        self.fancy = sys.stdout.isatty() and not silent
+        self.silent, self.out = silent, Stdout()
+        self.console: Console | None = None  # of a terminal alone: elsewhere rich need not be imported
         self.bar: Progress | None = None
+        if self.out.isatty() and not silent:
+            from rich.console import Console
+
+            self.console = Console(file=cast("IO[str]", self.out), highlight=False, soft_wrap=True, markup=False)
 
     def start(self, done: int, last: int, tokens: int) -> None:
         """Begins the progress bar of a run that has done `done` of `last` steps and `tokens` tokens."""
@@ -78,7 +80,9 @@ class Display:
         self.first, self.began = done, time.perf_counter()
         self.marked_tokens, self.marked_seconds, self.seconds = tokens, 0.0, 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
-        if self.fancy:
+        if self.console:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(None),
@@ -113,7 +117,10 @@ class Display:
 
     def as_it_is(self, text: str, style: str | None = None) -> None:
         """Prints a line that fits already, or that is to be copied."""
-        self.console.print(text, style=style if self.fancy else None)
+        if self.console:
+            self.console.print(text, style=style)
+        elif not self.silent:
+            print(text, file=self.out, flush=True)
 
     def advance(self, record: Mapping[str, Any]) -> None:
         """Counts a step, given its record."""

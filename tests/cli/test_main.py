@@ -219,6 +219,18 @@ def test_the_list_of_verbs_imports_no_library_but_its_own():
     assert python(REPORT, "--help").stdout.splitlines()[-1] == "HEAVY"
 
 
+def test_a_rank_imports_no_more_than_it_needs():
+    code = """
+import sys
+import castalia.train.dry_run, castalia.train.loop
+print([name for name in ("sympy", "torch._dynamo") if name in sys.modules])  # of the compiler, and of ranks
+import castalia.parallel.mesh_executor
+heavy = "transformers matplotlib rich httpx aiohttp"
+print([name for name in heavy.split() if name in sys.modules])
+"""
+    assert python(code).stdout == "[]\n[]\n"
+
+
 def test_importing_castalia_loads_neither_torch_nor_numpy_nor_pydantic():
     code = "import castalia, sys; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
     assert python(code).stdout == "[]\n"
