@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,18 +73,21 @@ def _free_in_group(folder: str, limit: str, used: str, cached: str) -> int | Non
 
 
 @contextmanager
-def no_collections() -> Iterator[None]:
-    """A context manager for imports of torch: Python does not look for cycles of objects that nothing refers to.
+def importing_torch() -> Iterator[None]:
+    """A context manager for the first import of torch: meanwhile Python does not look for garbage.
 
-    Modules leave none behind, and looking for them, over all that has been imported, takes a tenth of the time.
+    What modules hold stays for good, and so is left out of later searches, too. Half a million objects, looked through
+    again and again, would take a tenth of the time. Later imports, when other things exist as well, change nothing.
     """
-    collects = gc.isenabled()
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
     gc.disable()
     try:
         yield
     finally:
-        if collects:
-            gc.enable()
+        gc.freeze()
+        gc.enable()
 
 
 def keep_freed_memory() -> None:

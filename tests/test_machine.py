@@ -1,13 +1,14 @@
-import gc
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from castalia import machine
-from castalia.machine import close_gaps, free_memory, no_collections, total_memory, usable_cores
+from castalia.machine import close_gaps, free_memory, total_memory, usable_cores
 
 
 def test_a_process_has_cores_and_memory():
@@ -26,14 +27,22 @@ def test_of_a_control_group_what_is_left_counts(tmp_path, monkeypatch):
     assert free_memory() > free / 2
 
 
-def test_python_collects_again_after_imports():
-    with pytest.raises(ImportError), no_collections():
-        assert not gc.isenabled()
-        with no_collections():
-            pass
+def test_python_looks_for_garbage_again_once_torch_is_imported():
+    code = """
+import gc, sys
+from castalia.machine import importing_torch
+try:
+    with importing_torch():
+        import torch
         assert not gc.isenabled()
         raise ImportError
-    assert gc.isenabled()
+except ImportError:
+    print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+with importing_torch():
+    print(gc.isenabled())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "True True\nTrue\n"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other heaps")

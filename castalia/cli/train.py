@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.machine import no_collections
+from castalia.machine import importing_torch
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _rehearse(config: RunConfig, verbose: bool) -> dict[str, Any]:
     from castalia.train.start_checks import find_obstacles, refuse
 
     refuse(find_obstacles(config))
-    with no_collections():
+    with importing_torch():
         from castalia.train.dry_run import rehearse
 
     return rehearse(config, verbose)
@@ -117,7 +117,7 @@ def train(config: RunConfig, verbose: bool = False) -> str:
     from castalia.train.start_checks import find_obstacles, refuse
 
     refuse(find_obstacles(config))  # first, because torch takes a second to import
-    with no_collections():
+    with importing_torch():
         from castalia.train.loop import train as run
 
     return str(run(config, verbose))

@@ -24,7 +24,6 @@ from castalia.config.tensor_table import row_of
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, sides_of
 from castalia.data.tokenizer import Tokenizer
-from castalia.machine import no_collections
 from castalia.parallel.compile import fall_back_to_eager
 from castalia.parallel.executor import Executor, one_process
 from castalia.parallel.process_group import main_first
@@ -214,12 +213,11 @@ def make_executor(
     """
     if world_size() == 1:
         return one_process(config, dtype, device, plan, frozen)
-    with no_collections():
-        # Imported here because pipelining and sharding take a second to import.
-        from castalia.parallel.mesh_executor import MeshExecutor
+    # Imported here because pipelining and sharding take a second to import.
+    from castalia.parallel.mesh_executor import MeshExecutor
 
-        mesh = same_mesh_as.mesh if isinstance(same_mesh_as, MeshExecutor) else None
-        return MeshExecutor(config, dtype, device, plan, frozen, mesh)
+    mesh = same_mesh_as.mesh if isinstance(same_mesh_as, MeshExecutor) else None
+    return MeshExecutor(config, dtype, device, plan, frozen, mesh)
 
 
 def preference_loss(run: ResolvedRun, executor: Executor) -> PreferenceLoss | None:

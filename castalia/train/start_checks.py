@@ -18,6 +18,7 @@ from castalia.config.check import has_batch, not_given
 from castalia.config.input_files import missing_files, nothing_to_load
 from castalia.config.schema import RunConfig, Source, Text
 from castalia.errors import CastaliaError, ConfigError
+from castalia.machine import importing_torch
 from castalia.parallel.rank_grid import check_run
 from castalia.train.run_facts import refuse_foreign_tokens
 from castalia.train.vocabulary import open_tokenizer, vocabulary_sizes
@@ -92,7 +93,8 @@ def _not_given(config: RunConfig, writes: bool) -> list[str]:
 def _started_ranks() -> int:
     if not os.environ.keys() & {"WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}:
         return 1
-    from castalia.parallel.rendezvous import world_size
+    with importing_torch():
+        from castalia.parallel.rendezvous import world_size
 
     return world_size()
 
