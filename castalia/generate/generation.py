@@ -193,7 +193,7 @@ def _prefill(model: AnyModel, rows: Sequence[GenerationRow], max_tokens: int) ->
     device = model.device
     streamed = streamed_stage(model)
     on_disk = streamed is not None and streamed.plan.cache_on_disk
-    cache = KVCache(len(rows), min(capacity, limit or capacity), device, on_disk)
+    cache = KVCache(len(rows), min(capacity, limit or capacity), device, model.cache_dtype, on_disk)
     contexts = [tuple(row.ids[row.start :]) for row in rows]
     prompts = list(dict.fromkeys(contexts))  # equal rows go through the model once
     calls, lasts = [], []
@@ -201,7 +201,7 @@ def _prefill(model: AnyModel, rows: Sequence[GenerationRow], max_tokens: int) ->
         targets = [[i for i, ids in enumerate(contexts) if ids == prompt] for prompt in chunk]
         lengths = [len(prompt) for prompt in chunk]
         tokens = torch.tensor([list(chain(*chunk))], device=device)  # [1, total]
-        calls.append((tokens, {"cache": Prompts(cache, targets, lengths, model.prompt_dtype)}))
+        calls.append((tokens, {"cache": Prompts(cache, targets, lengths)}))
         lasts.append(torch.tensor(lengths, device=device).cumsum(0) - 1)  # the last token of each prompt
     states = [hidden[0, last] for hidden, last in zip(model.hidden_each(calls), lasts, strict=True)]
     cache.set_lengths([len(ids) for ids in contexts])

@@ -30,9 +30,19 @@ class KVCache:
 
     grows = True
 
-    def __init__(self, rows: int, capacity: int, device: torch.device, on_disk: bool = False) -> None:
-        """`on_disk`: layers lie in files that nobody else sees, for a cache that has no room in memory."""
-        self.on_disk = on_disk
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        on_disk: bool = False,
+    ) -> None:
+        """`dtype`: of keys and values; None: that in which they come.
+
+        `on_disk`: layers lie in files that nobody else sees, for a cache that has no room in memory.
+        """
+        self.dtype, self.on_disk = dtype, on_disk
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the layers and heads of this rank
         self.states: dict[int, list[Tensor]] = {}  # of layers without attention: tensors [rows, ...]
         self.rows, self.capacity = rows, capacity
@@ -62,8 +72,8 @@ class KVCache:
         keys, values = self.layer(layer, k)
         keys.narrow(2, self.length, k.shape[2]).copy_(k)
         values.narrow(2, self.length, k.shape[2]).copy_(v)
-        keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
-        return attend(q, keys, values, **options)
+        seen = (whole.narrow(2, 0, self.end).to(q.dtype) for whole in (keys, values))
+        return attend(q, *seen, **options)
 
     def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
         """The new tokens [rows, t, h] after those that the layer's state knows, which takes them in."""
@@ -89,7 +99,8 @@ class KVCache:
 
     def zeros(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Zeros, because masked values are multiplied by 0, and uninitialised memory may hold NaN."""
-        return zeros_on_disk(shape, like.dtype) if self.on_disk else like.new_zeros(shape)
+        dtype = self.dtype or like.dtype
+        return zeros_on_disk(shape, dtype) if self.on_disk else like.new_zeros(shape, dtype=dtype)
 
     def advance(self, count: int) -> None:
         """Note that all layers have stored the reserved tokens."""
@@ -124,15 +135,8 @@ class Prompts:
 
     gaps, grows = False, True
 
-    def __init__(
-        self,
-        cache: KVCache,
-        rows: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """`dtype`: in which they attend; None: that of the queries."""
-        self.cache, self.rows, self.lengths, self.dtype = cache, rows, list(lengths), dtype
+    def __init__(self, cache: KVCache, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+        self.cache, self.rows, self.lengths = cache, rows, list(lengths)
         self.end = max(lengths)
         self.biases: list[tuple[Tensor, list[Tensor]]] = []  # of blocks with equal windows: the whole, of each prompt
 
@@ -150,9 +154,7 @@ class Prompts:
             for row in rows:
                 keys[row, :, : self.lengths[number]] = k[0, :, part]
                 values[row, :, : self.lengths[number]] = v[0, :, part]
-            own, dtype = own_biases[number], self.dtype or q.dtype
-            own = None if own is None else own.to(dtype)
-            outputs.append(attend(*(x[:, :, part].to(dtype) for x in (q, k, v)), bias=own, **options))
+            outputs.append(attend(*(x[:, :, part] for x in (q, k, v)), bias=own_biases[number], **options))
         return torch.cat(outputs, dim=2)
 
     def _cut(self, bias: Tensor) -> list[Tensor]:

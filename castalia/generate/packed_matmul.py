@@ -1,7 +1,8 @@
 """Products with weights in the form in which a CPU multiplies few rows by them fastest.
 
 With one row, the time should be that of reading the weights; with more rows, their order in memory matters, too.
-Weights have the precision in the name of the class; inputs and outputs are fp32.
+Weights have the precision in the name of the class. Inputs and outputs are fp32, but for the outputs of prompts where
+`narrow` says so: they stay bf16, as the kernel gives them, so that what comes next moves half of the bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ FEWEST = 4  # rows to which fewer are filled up, where oneDNN's kernels want tha
 # oneDNN adds up a single row by fp32 weights in another order than several, which a text must not depend on.
 LEAST = {torch.float32: 2, torch.bfloat16: 1}
 FEW = 12  # rows; with more, widening int8 weights costs less than a kernel that does row after row
+LARGEST = 127 * 256  # of the numbers that two 8-bit parts make
+PART_ROWS = 64  # with more, widening int8 weights costs less than twice the rows
+_BOTH_ZEROS = torch.tensor(128 * 256 + 128 + 0.5)  # both parts' zero, and what makes of cutting off rounding
 
 
 class Fp32Product(nn.Module):
@@ -100,8 +104,15 @@ def takes_shares() -> bool:
     return fastest("one row by fp32 weights", ways) == "shares"
 
 
+def in_prompt(x: Tensor) -> bool:
+    """Whether x [b, t, ...] has several tokens of a text, which only a prompt gives at a time."""
+    return x.dim() > 2 and x.shape[1] > 1
+
+
 class Bf16Product(nn.Module):
     """bf16 weights in oneDNN's order; in any other, its kernels would reorder them in every call."""
+
+    narrow = False  # whether outputs of prompts stay bf16
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
@@ -112,24 +123,38 @@ class Bf16Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return few_rows(x.bfloat16(), self.weight, self.bias, self.fewest).float()
+        out = few_rows(x.bfloat16(), self.weight, self.bias, self.fewest)
+        return out if self.narrow and in_prompt(x) else out.float()
+
+
+class SmallProduct(nn.Module):
+    """Weights that lie in a core's cache: fp32, whose kernels have the least overhead, and bf16 for narrow prompts."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        super().__init__()
+        self.few, self.many = Fp32Product(weight, bias, rows), Bf16Product(weight, bias, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return (self.many if self.many.narrow and in_prompt(x) else self.few)(x)
 
 
 class Int8Product(nn.Module):
     """int8 weights with a scale for each output, which is bf16 as the kernel needs it: weight = code * scale."""
 
+    narrow = False  # as of Bf16Product
+
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
-        # Some rows at a time: several fp32 copies of all would not fit beside a model that only just does.
-        parts = [_rounded(some) for some in weight.split(max(1, ROUNDED // weight.shape[1]))]
-        self.scale, self.codes = torch.cat([scale for scale, _ in parts]), torch.cat([codes for _, codes in parts])
+        self.scale, self.codes = _rounded_in_parts(weight)
         self.bias = None if bias is None else bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         out = self._widened(rows) if len(rows) > FEW else torch._weight_int8pack_mm(rows, self.codes, self.scale)
-        out = out.view(*x.shape[:-1], -1).float()
+        out = out.view(*x.shape[:-1], -1)
+        out = out if self.narrow and in_prompt(x) else out.float()
         return out if self.bias is None else out.add_(self.bias)
 
     def _widened(self, rows: Tensor) -> Tensor:
@@ -144,6 +169,76 @@ class Int8Product(nn.Module):
             begin, end = end, end + len(part)
             out[:, begin:end] = F.linear(rows, buffer[: len(part)].copy_(part))
         return out.mul_(self.scale)
+
+
+class Int8PartsProduct(nn.Module):
+    """The same weights and scales, multiplied as they are by inputs of two 8-bit parts, with exact sums.
+
+    An input is its row's largest value times (256 high + low) / LARGEST, which is as close as 1/65,000 of the largest;
+    both parts are rows of one product, for which weights need not be widened.
+    """
+
+    narrow = False  # as of Bf16Product
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        super().__init__()
+        scale, codes = _rounded_in_parts(weight)
+        self.scale, self.zeros = scale.float(), torch.zeros(len(scale), dtype=torch.int64)
+        self.weight = torch.ops.onednn.qlinear_prepack(codes, [max(2 * rows, FEWEST), codes.shape[1]])
+        self.bias = None if bias is None else bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        out = self._in_parts(rows) if len(rows) <= PART_ROWS else self._widened(rows.bfloat16())
+        out = out.view(*x.shape[:-1], -1)
+        return out.bfloat16() if self.narrow and in_prompt(x) else out.float()
+
+    def _in_parts(self, rows: Tensor) -> Tensor:
+        """[rows, in] -> fp32 [rows, out]."""
+        rows = rows.float()
+        largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True) + 1e-30  # [rows, 1]
+        # Whole numbers from 0 on, whose two lower bytes are low + 128 and high + 128.
+        numbers = torch.addcmul(_BOTH_ZEROS, rows, LARGEST / largest).int()
+        parts = numbers.view(torch.uint8).view(*rows.shape, 4)[..., :2].permute(2, 0, 1)  # [2, rows, in]
+        out = torch.ops.onednn.qlinear_pointwise(
+            *(parts.reshape(2 * len(rows), -1), 1.0, 128, self.weight, self.scale, self.zeros),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        )
+        low, high = out.chunk(2)
+        out = torch.add(low, high, alpha=256).mul_(largest / LARGEST)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        """bf16 [rows, in] -> [rows, out]."""
+        out, scale = torch.mm(rows, self.weight.to_dense().bfloat16()), self.scale.bfloat16()
+        return out.mul_(scale) if self.bias is None else torch.addcmul(self.bias.bfloat16(), out, scale)
+
+
+def _rounded_in_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`_rounded`, some rows at a time: several fp32 copies of all would not fit beside a model that only just does."""
+    parts = [_rounded(some) for some in weight.split(max(1, ROUNDED // weight.shape[1]))]
+    return torch.cat([scale for scale, _ in parts]), torch.cat([codes for _, codes in parts])
+
+
+@cache
+def multiplies_in_parts() -> bool:
+    """Whether a few rows are multiplied by int8 weights faster in two parts: one and sixteen.
+
+    That takes instructions that add without overflow (VNNI).
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
+        return False
+
+    def ways() -> Ways:
+        weight, rows = torch.ones(PROBE), torch.ones(16, PROBE[1])
+        widened, in_parts = Int8Product(weight, None, 16), Int8PartsProduct(weight, None, 16)
+        return {
+            "widened": lambda: (widened(rows[:1]), widened(rows)),
+            "in parts": lambda: (in_parts(rows[:1]), in_parts(rows)),
+        }
+
+    return fastest("few rows by int8 weights", ways) == "in parts"
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from castalia.config.schema import ModelConfig
 from castalia.model.kept_tokens import Kept, spread, taken
 from castalia.model.layers import Linear, is_slow_half
 from castalia.model.norms import JointHeadsNorm, build_heads_norm, normed_heads
-from castalia.model.positions import Rotation, rotate
+from castalia.model.positions import Rotation, rotate, rotate_in_place
 
 aten: Any = torch.ops.aten
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -137,6 +137,7 @@ def attend(
     `bias` [b or 1, n or 1, t, k] is added to the scores; `scale` None means 1 / sqrt(d). `softcap`: see
     `ModelConfig.attention_softcap`.
     """
+    bias = None if bias is None else bias.to(q.dtype)  # FSDP casts the arguments of a block
     if softcap is not None:
         return capped_attention(q, k, v, softcap, bias, dropout_p, scale)
     b, n, t, d = q.shape
@@ -260,7 +261,7 @@ class Attention(nn.Module):
             k,
             v,
             choice=choice,
-            bias=None if bias is None else bias.to(q.dtype),  # FSDP casts the arguments of a block
+            bias=bias,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
             softcap=self.softcap,
@@ -277,7 +278,7 @@ class Attention(nn.Module):
             kv = qkv.shape[3] // (self.group_size + 2)
             qk, v = qkv[..., :-kv, :], qkv[:, :, 0, -kv:]
             if rotary is not None:
-                qk = rotate(qk, rotary)
+                qk = rotate_in_place(qk, rotary)
             q, k = qk[:, :, 0, :-kv], qk[:, :, 0, -kv:]  # [b, t, n, d], [b, t, kv, d]
             return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         qkv = qkv.view(b, t, -1, self.group_size + 2, self.head_size)  # [b, t, kv, group + key + value, d]
@@ -287,6 +288,6 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk = normed_heads(qk, self.q_norm, self.k_norm, self.by_head)
         if rotary is not None:
-            qk = rotate(qk, rotary)  # queries and keys together, in one kernel
+            qk = rotate(qk, rotary).to(qkv.dtype)  # queries and keys together, in one kernel
         q, k = qk[..., :-1, :], qk[..., -1, :]  # [b, t, kv, group, d], [b, t, kv, d]
         return q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -16,8 +16,14 @@ from castalia.config.schema import LoraConfig, ModelConfig
 from castalia.config.tensor_table import row_of
 from castalia.model.float8 import float8_linear
 
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the share of a normal distribution below x. oneDNN's kernel, 2 to 14 times as fast, wants no strides."""
+    return F.gelu(x.contiguous())
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
+    "gelu": gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,

@@ -78,6 +78,15 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), dim=-1)
 
 
+def rotate_in_place(x: Tensor, rotation: Rotation) -> Tensor:
+    """`rotate` of a tensor that is not needed any more, so that dimensions that do not turn stay where they are."""
+    if isinstance(rotation, Tensor):
+        return rotate(x, rotation)
+    half = rotation[0].shape[-1]
+    x[..., : 2 * half] = rotate(x[..., : 2 * half], rotation)
+    return x
+
+
 def rotary_frequencies(cfg: ModelConfig) -> tuple[Tensor, float]:
     """Radians per position of each rotating pair, fp32 [rotary_size / 2], and the factor on cosines and sines.
 

@@ -144,7 +144,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         self.cfg, self.compute_dtype, self.exact, self.z_loss = cfg, compute_dtype, exact, z_loss
-        self.prompt_dtype: torch.dtype | None = None  # of attention in prompts; None: that of the activations
+        self.cache_dtype: torch.dtype | None = None  # of keys and values in a KV cache; None: that in which they come
         self.embed = Embedding(cfg.padded_vocab_size, cfg.hidden_size)
         self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
         self.embed_norm = LayerNorm(cfg.hidden_size, cfg.norm_eps) if cfg.embedding_norm else None

@@ -62,7 +62,7 @@ class SplitModel(nn.Module):
         super().__init__()
         self.stage: Any = stage
         self.cfg, self.compute_dtype, self.dtype, self.device = stage.cfg, None, dtype, device
-        self.prompt_dtype = stage.prompt_dtype
+        self.cache_dtype = stage.cache_dtype
         self.tensor, self.group = mesh.tensor, mesh.pipeline.get_group()
         self.rank, self.last = mesh.pp_rank, mesh.layout.pp - 1
 

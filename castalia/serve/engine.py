@@ -271,7 +271,7 @@ class Engine:
             row = request[0]
             if self.kv_bytes + self._bytes(row) > self.plan.row_budget:
                 return
-            row.cache = KVCache(1, row.capacity, self.model.device)
+            row.cache = KVCache(1, row.capacity, self.model.device, self.model.cache_dtype)
             words = TextStream(self.tokenizer, row.prompt, row.options.stop)
             row.text = GenerationRow(row.options.number, list(row.prompt), words)
             if row.options.temperature:

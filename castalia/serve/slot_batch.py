@@ -108,7 +108,7 @@ def exact_widths(model: Transformer | SplitModel, widths: Sequence[int]) -> list
     size = model.cfg.vocab_size or model.cfg.padded_vocab_size
     tokens = [(7919 * place + 11) % size for place in range(4)]
     for width in sorted(widths):
-        cache = KVCache(1, len(tokens), model.device)
+        cache = KVCache(1, len(tokens), model.device, model.cache_dtype)
         model.hidden(torch.tensor([tokens[:-1]], device=model.device), cache=cache)
         batch = SlotBatch(model, [_same(cache) for _ in range(width)], width)
         hidden = model.hidden(torch.tensor([[tokens[-1]]] * width, device=model.device), cache=batch)[:, 0]
@@ -121,7 +121,7 @@ def exact_widths(model: Transformer | SplitModel, widths: Sequence[int]) -> list
 
 def _same(cache: KVCache) -> KVCache:
     """Another cache with copies of the keys, values and states."""
-    copy = KVCache(1, cache.capacity, cache.places.device)
+    copy = KVCache(1, cache.capacity, cache.places.device, cache.dtype)
     copy.layers = {layer: (k.clone(), v.clone()) for layer, (k, v) in cache.layers.items()}
     copy.states = {layer: [part.clone() for part in state] for layer, state in cache.states.items()}
     copy.length = copy.end = cache.length

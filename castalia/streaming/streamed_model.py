@@ -74,6 +74,7 @@ class StreamedTransformer(Transformer):
             # There is no memory for all weights at once; they come in block by block.
             super().__init__(cfg, compute_dtype=torch.float32 if packing else units.dtype, exact=exact)
         self.packing, self.copied_to, self.cut = packing, device, cut or Cut()
+        self.cache_dtype = torch.float32 if packing else None
         self.plan, self.advance = plan, advance
         cast_bytes = max(plan.sizes.cast, head_slice_bytes(cfg, units.dtype.itemsize))
         self.scratch = self.cut.scratch(cast_bytes, self.device)

@@ -5,7 +5,7 @@ from castalia.generate import packed_matmul
 from castalia.generate import packed_model as packing
 from castalia.generate.generation import generate
 from castalia.generate.kv_cache import KVCache, Prompts
-from castalia.generate.packed_matmul import Fp32Product, Int8Product
+from castalia.generate.packed_matmul import Fp32Product, Int8PartsProduct, Int8Product
 from castalia.generate.packed_model import has_bf16_kernels, pack
 
 TOKENS = torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -98,16 +98,16 @@ def test_fewer_bits_change_logits_little(make_twins, family, int8, bound, monkey
 
 
 @needs_bf16_kernels
-@pytest.mark.parametrize("family", ["neox", "norms of heads", "alibi"])
-def test_prompts_that_attend_in_bf16_change_little(make_twins, family, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_in_bf16_change_little(make_twins, family, monkeypatch):
     """Where that is faster: two prompts of different lengths, whose keys and values are kept in fp32."""
     found = []
     for model, halves in zip(make_twins(family), (False, True), strict=True):
-        monkeypatch.setattr(packing, "prompts_attend_in_bf16", lambda halves=halves: halves)
+        monkeypatch.setattr(packing, "prompts_are_bf16", lambda halves=halves: halves)
         pack(model.bfloat16(), rows=2)
-        cache = KVCache(2, 20, model.device)
+        cache = KVCache(2, 20, model.device, model.cache_dtype)
         with torch.inference_mode():
-            prompts = Prompts(cache, [[0], [1]], [13, 7], model.prompt_dtype)
+            prompts = Prompts(cache, [[0], [1]], [13, 7])
             found.append(model.logits(model.hidden(TOKENS[:1], cache=prompts)[0]))
         assert {part.dtype for layer in cache.layers.values() for part in layer} == {torch.float32}
     assert 0 < (found[0] - found[1]).square().mean().sqrt() / found[0].std() < 0.02
@@ -122,6 +122,34 @@ def test_int8_codes_are_the_nearest():
     assert ((product.codes * steps - weight).abs() <= steps * (0.5 + 127 * 2**-8)).all()
     assert ((product.codes * steps - weight).abs() <= steps * 0.501).float().mean() > 0.98
     assert (product(torch.ones(1, 48))[0, 7] == 0).all()
+
+
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no 8-bit products (VNNI)")
+
+
+@needs_vnni
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 96)], ids=["plain", "bias"])
+@pytest.mark.parametrize("rows", [1, 2, 16, 200])
+def test_inputs_in_two_parts_are_nearly_exact(rows, bias):
+    """Rows of very different size, one of which is 0; with many rows inputs are rounded to bf16."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 640), torch.randn(rows, 640) * torch.logspace(-6, 6, rows)[:, None]
+    x[rows // 2] *= rows == 1
+    product, reference = Int8PartsProduct(weight, bias, rows=1), Int8Product(weight, bias, rows=1)
+    exact = x.double() @ (reference.codes.double() * reference.scale.double()[:, None]).T
+    found = product(x).double() - (0 if bias is None else bias.double())
+    apart = (found - exact).abs().amax(1) / x.abs().amax(1).clamp(min=1)
+    assert apart.max() < (0.01 if rows <= packed_matmul.PART_ROWS else 1.0)
+    for number in (0, rows - 1):  # sums are exact, so that a row has the same bits alone and among others
+        if rows <= packed_matmul.PART_ROWS:
+            assert torch.equal(product(x[number : number + 1])[0], product(x)[number])
+
+
+@needs_vnni
+def test_what_is_not_finite_stays_so():
+    product, x = Int8PartsProduct(torch.ones(96, 64), None, rows=1), torch.ones(3, 64)
+    x[0, 5], x[1, 5] = torch.inf, torch.nan
+    assert product(x).isfinite().all(dim=1).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(("shares", "fewest"), [(False, 2), (True, 4)], ids=["one product", "shares"])
@@ -170,3 +198,14 @@ def test_packed_models_write_what_the_plain_one_does(make_model, tokenizer, dtyp
     same = sum(a == b for text, other in zip(found, expected, strict=True) for a, b in zip(text, other, strict=True))
     assert same == 60 if dtype == torch.float32 else same >= 50
     assert found == [generate(packed, tokenizer, [prompt], max_tokens=20)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_of_a_prompt_is_that_of_torch(dtype, monkeypatch):
+    """In pieces that do not divide it, and from a strided tensor."""
+    monkeypatch.setattr(packing, "PIECE", 64)
+    x = torch.linspace(-9, 9, 2 * 31 * 24).view(2, 31, 24).to(dtype)[..., 8:]
+    expected = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(
+        packing._gelu_tanh(x).double(), expected, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 2**-8
+    )
