@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from castalia.config.schema import LoraConfig, ModelConfig
 from castalia.config.tensor_table import row_of
 from castalia.model.float8 import float8_linear
+from castalia.model.kept_gradient import embedding
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -124,6 +125,10 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Do nothing, in place of torch's random values."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[...] -> [..., h]."""
+        return embedding(tokens, self.weight)
 
 
 class MLP(nn.Module):

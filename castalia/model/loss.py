@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
+from castalia.model.kept_gradient import kept_gradient
 from castalia.model.layers import is_slow_half
 
 IGNORE = -100
@@ -240,7 +241,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cast, factor = weight.to(hidden.dtype), 1 / gain(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
+        # Set by the first chunk, to which others are added.
+        make = torch.empty_like if len(hidden) else torch.zeros_like
+        d_weight = make(weight, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
         num_rows = _rows_of(CHUNK_BYTES, hidden.device, cast.itemsize * len(weight))
         for start in range(0, len(hidden), num_rows):
             part = slice(start, start + num_rows)
@@ -249,14 +252,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 torch.addmm(d_hidden[part], logits, cast, beta=0, alpha=factor, out=d_hidden[part])
             if d_weight is not None:
-                _add_product(d_weight, logits.T, hidden[part], factor)
+                _add_product(d_weight, logits.T, hidden[part], factor, first=start == 0)
             del logits  # otherwise they would stay in memory until the next chunk's exist
-        ctx.gradients = d_hidden, d_weight
+        ctx.gradients, ctx.weight = (d_hidden, d_weight), weight
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
+        kept, (d_hidden, d_weight) = kept_gradient(ctx.weight), ctx.gradients
+        if kept is not None and d_weight is not None and not _graph_is_kept():
+            kept.addcmul_(d_weight, scale)
+            ctx.gradients = d_hidden, None
         return *scaled_gradients(ctx, scale), None, None, None, None
 
 
@@ -298,17 +305,31 @@ def _rows_of(limits: Mapping[str, int], device: torch.device, row_bytes: int) ->
 
 def scaled_gradients(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients that the forward pass left, times `scale`; in place, unless the graph will be used again."""
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if _graph_is_kept():
         return tuple(None if d is None else d * scale for d in ctx.gradients)
     gradients, ctx.gradients = ctx.gradients, None
     return tuple(None if d is None else d.mul_(scale) for d in gradients)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
-    """total += factor * (a @ b). If the total has a wider dtype, rows are added in blocks, to keep the copy small."""
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may come again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0, first: bool = False) -> None:
+    """total += factor * (a @ b), or = if it is the `first`.
+
+    If the total has a wider dtype, rows are added in blocks, to keep the copy small.
+    """
     if total.dtype == b.dtype:
-        total.addmm_(a, b, alpha=factor)
+        total.addmm_(a, b, beta=0 if first else 1, alpha=factor)
         return
     num_rows = _rows_of(BLOCK_BYTES, total.device, 4 * total.shape[1])
     for rows, part in zip(total.split(num_rows), a.split(num_rows), strict=True):
-        rows.add_(product(part, b), alpha=factor)
+        summand = product(part, b)
+        if first:
+            rows.copy_(summand)
+            if factor != 1:
+                rows.mul_(factor)
+        else:
+            rows.add_(summand, alpha=factor)

@@ -19,6 +19,7 @@ from castalia.data.loader import Batch
 from castalia.errors import ConfigError
 from castalia.model.float8 import set_float8
 from castalia.model.init import initialize
+from castalia.model.kept_gradient import adds_in_place
 from castalia.model.kept_tokens import Kept, kept_tokens
 from castalia.model.layers import hold_in
 from castalia.model.lora import add_adapters, freeze
@@ -346,4 +347,7 @@ def one_process(
     freeze(model, config.finetune)
     apply_activation_checkpointing(model, config.train.recompute, dropout=has_dropout(config))
     compile_blocks(model, config, device)
+    for part in (model.embed, model.head):
+        if part is not None:
+            adds_in_place(part.weight)
     return Executor(model, plan.micro_batch_size, cuts_padding=cuts_padding(config))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from castalia.config.batch import BatchPlan
 from castalia.config.schema import ModelConfig, PreferenceConfig, RunConfig, TrainConfig
 from castalia.data.loader import Batch
 from castalia.model.transformer import Transformer
-from castalia.parallel.executor import Executor, Rows
+from castalia.parallel.executor import Executor, Rows, one_process
 from castalia.train.preference import PreferenceLoss
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=40, vocab_multiple=1, max_positions=12)
@@ -38,6 +39,23 @@ def batch() -> Batch:
     draw = np.random.default_rng(0)
     tokens, labels = draw.integers(0, 40, (2, 8, 12))
     return Batch(tokens, labels, labels != -100, rewards=draw.integers(0, 2, 8))
+
+
+def test_gradients_of_later_micro_batches_are_not_made_whole():
+    """That of the embedding has a row for each token of the vocabulary."""
+    learner = one_process(RunConfig(model=MODEL), torch.float32, torch.device("cpu"), BatchPlan(8, 2, 4))
+    learner.initialize(RunConfig(model=MODEL))
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Made():
+        learner.forward_backward(Rows.of(batch()), [0.25] * 4, 1.0, range(4))
+    assert made.count(torch.ops.aten.embedding_dense_backward.default) == 1
+    assert made.count(torch.ops.aten.index_add_.default) == 3
 
 
 def test_a_steps_batch_goes_to_the_device_once():
