@@ -5,8 +5,9 @@
 All sides take turns with the same tensors: a model's fp32 parameters and AdamW's two moments. A save has ended when
 everything is on disk: where a side does not call `fsync`, this program does. What is read lies in the page cache, and
 goes into tensors that are there already; it must be what was saved. Resharding: `--ranks` processes load a share each
-of the rows of every tensor from what one process saved. The floors: one copy in memory for the time in which an
-asynchronous save holds up training; writing and reading one file of the same size for the others.
+of the rows of every tensor from what one process saved, and save them together, which one process loads. The floors:
+one copy in memory for the time in which an asynchronous save holds up training; writing and reading one file of the
+same size for the others. `torch.save` has no checkpoint of several processes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from castalia.plan.count import count
 from castalia.train.optimizer import make_optimizer
 
 SIDES = ("castalia", "DCP", "torch.save")
-TARGETS = {"blocked": "1.2x", "save": "0.8", "load": "0.7", "reshard": "0.7"}
+SHARED = SIDES[:2]  # that several processes save together
+TARGETS = {"blocked": "1.2x", "save": "0.8", "load": "0.7", "reshard": "0.7", "save together": "", "merge": ""}
 
 
 class State:
@@ -67,6 +69,13 @@ class State:
         for name, state in self.moments.items():
             found |= {f"{name}.{kind}": tensor for kind, tensor in state.items() if kind != "step"}
         return found
+
+    def placed(self) -> dict[str, Any]:
+        """The same as DCP takes them: DTensors where each rank has a share."""
+        if self.rank is None:
+            return self.tensors()
+        mesh = init_device_mesh("cpu", (self.ranks,))
+        return {name: DTensor.from_local(tensor, mesh, [Rows(0)]) for name, tensor in self.tensors().items()}
 
     def shard(self, tensor: torch.Tensor) -> Shard:
         if self.rank is None or not tensor.dim():
@@ -92,20 +101,28 @@ def shape_of(megabytes: float) -> ModelConfig:
 class Saver:
     """Saves of one side, the newest replacing the older ones. `start` returns what ends the save."""
 
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
-        self.folder, self.model, self.step = folder, model, 0
-        self.writer = CheckpointSaver(folder / "castalia", keep_last=1)
+    def __init__(self, folder: Path, model: ModelConfig, rank: int = 0, ranks: int = 1) -> None:
+        self.folder, self.model, self.step, self.rank = folder, model, 0, rank
+        self.writer = CheckpointSaver(folder / "castalia", keep_last=1, rank=rank, num_ranks=ranks)
 
     def start(self, side: str, state: State) -> Callable[[], object]:
         path = self.folder / side
         if side == "castalia":
             self.step += 1
             progress, config = Progress(step=self.step), RunConfig(model=self.model)
-            self.writer.save(state.parameters, state.moments, progress, config)
+            parameters = {name: state.shard(parameter) for name, parameter in state.parameters.items()}
+            moments = {
+                name: {kind: tensor if kind == "step" else state.shard(tensor) for kind, tensor in kinds.items()}
+                for name, kinds in state.moments.items()
+            }
+            self.writer.save(parameters, moments, progress, config)
             return self.writer.join
         if side == "DCP":
-            shutil.rmtree(path, ignore_errors=True)
-            return dcp.async_save(state.tensors(), checkpoint_id=path).result
+            if self.rank == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            if state.rank is not None:
+                dist.barrier()
+            return dcp.async_save(state.placed(), checkpoint_id=path).result
         with open(path, "wb") as file:
             torch.save(state.tensors(), file)
             file.flush()
@@ -120,11 +137,7 @@ def load(side: str, folder: Path, state: State) -> None:
         load_shards({name: state.shard(p) for name, p in state.parameters.items()}, state.model, checkpoint)
         load_optimizer(state.optimizer, state.parameters, checkpoint, shard=state.shard)
     elif side == "DCP":
-        tensors: dict[str, Any] = state.tensors()
-        if state.rank is not None:
-            mesh = init_device_mesh("cpu", (state.ranks,))
-            tensors = {name: DTensor.from_local(tensor, mesh, [Rows(0)]) for name, tensor in tensors.items()}
-        dcp.load(tensors, checkpoint_id=path)
+        dcp.load(state.placed(), checkpoint_id=path)
     else:
         stored = torch.load(path, mmap=True)
         for name, tensor in state.tensors().items():
@@ -163,7 +176,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def resharder(rank: int, model: ModelConfig, folder: Path, rounds: int, ranks: int, results: Any) -> None:
-    """A process that has its share of the rows. It reports (side, seconds, bytes read)."""
+    """A process that has its share of the rows. It reports (task, side, seconds, bytes read)."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks)
     state = State(model, rank, ranks)
@@ -176,8 +189,16 @@ def resharder(rank: int, model: ModelConfig, folder: Path, rounds: int, ranks: i
             dist.barrier()
             before = bytes_read()
             seconds = timed(lambda: (load(side, folder, state), dist.barrier()))  # noqa: B023 - called at once
-            results.put((side, seconds, bytes_read() - before))
+            results.put(("reshard", side, seconds, bytes_read() - before))
             check(side, {name: t.chunk(ranks)[rank] for name, t in whole.tensors().items()}, state)
+    saver = Saver(folder / "together", model, rank, ranks)
+    for number in range(rounds + 1):  # the first one warms up
+        for side in SHARED:
+            dist.barrier()
+            seconds = timed(lambda: (saver.start(side, state)(), dist.barrier()))  # noqa: B023 - called at once
+            if number:
+                results.put(("save together", side, seconds, 0))
+    saver.writer.close()
     dist.destroy_process_group()
 
 
@@ -225,10 +246,17 @@ def measure(
     mp.spawn(resharder, (model, folder, rounds, ranks, results), nprocs=ranks)
     read = []
     while not results.empty():
-        side, seconds, count_read = results.get()
-        note("reshard", side, seconds)
-        read += [count_read] if side == "castalia" else []
-    found["reshard"]["floor"] = found["load"]["floor"]
+        task, side, seconds, count_read = results.get()
+        note(task, side, seconds)
+        read += [count_read] if (task, side) == ("reshard", "castalia") else []
+    for _ in range(rounds):
+        for side in SHARED:
+            for tensor in target.tensors().values():
+                tensor.zero_()
+            note("merge", side, timed(partial(load, side, folder / "together", target)))
+            check(side, state.tensors(), target)
+    for task, like in {"reshard": "load", "merge": "load", "save together": "save"}.items():
+        found[task]["floor"] = found[like]["floor"]
     return found, read
 
 
@@ -254,11 +282,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     words = {"blocked": "asynchronous save holds up training", "save": "save, until on disk", "load": "load"}
     words["reshard"] = f"load by {args.ranks} processes, a share each"
+    words["save together"] = f"save by {args.ranks} processes, a share each"
+    words["merge"] = f"load of what {args.ranks} processes saved"
     for task, sides in found.items():
-        medians = {side: statistics.median(sides[side]) for side in (*SIDES, "floor")}
+        medians = {side: statistics.median(sides[side]) for side in (*SIDES, "floor") if side in sides}
         results.record(words[task], sides["castalia"])
         ratio = medians["floor"] / medians["castalia"]
-        cells = [f"{seconds * 1e3:.0f}" for seconds in medians.values()] + [f"{size / medians['floor'] / 1e6:.0f}"]
+        cells = [f"{medians[side] * 1e3:.0f}" if side in medians else "" for side in (*SIDES, "floor")]
+        cells.append(f"{size / medians['floor'] / 1e6:.0f}")
         shown = f"{1 / ratio:.2f}x its time" if task == "blocked" else f"{ratio:.2f}"
         print(f"| {' | '.join([words[task], *cells, shown, TARGETS[task]])} |")
     whole = size * len(read) / args.ranks
