@@ -72,8 +72,10 @@ class KVCache:
         keys, values = self.layer(layer, k)
         keys.narrow(2, self.length, k.shape[2]).copy_(k)
         values.narrow(2, self.length, k.shape[2]).copy_(v)
-        seen = (whole.narrow(2, 0, self.end).to(q.dtype) for whole in (keys, values))
-        return attend(q, *seen, **options)
+        keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
+        if keys.dtype != q.dtype:
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
+        return attend(q, keys, values, **options)
 
     def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
         """The new tokens [rows, t, h] after those that the layer's state knows, which takes them in."""

@@ -131,9 +131,9 @@ class SideBySide(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Residual stream [b, t, h] -> the same shape."""
         both = self.first(self.norm(x))  # [b, t, qkv + f, or qkv + 2 f if gated]
-        heads = self.attn.attend_heads(both[..., : self.width], context)  # [b, t, n d]
-        inner = self.activate(both[..., self.width :])  # [b, t, f]
-        return x + self.last(torch.cat((heads, inner), dim=-1))
+        qkv, inner = both.split((self.width, both.shape[-1] - self.width), dim=-1)
+        heads = self.attn.attend_heads(qkv, context)  # [b, t, n d]
+        return x + self.last(torch.cat((heads, self.activate(inner)), dim=-1))
 
 
 class PackedMLP(nn.Module):
@@ -179,11 +179,10 @@ def _activation(mlp: MLP) -> Callable[[Tensor], Tensor]:
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     """`gelu_tanh`, of prompts as x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)): half as long as torch's kernel takes."""
-    piece = PIECE * torch.get_num_threads()
-    if x.numel() < 2 * piece:
-        return ACTIVATIONS["gelu_tanh"](x)
+    if x.numel() < 2 * PIECE:
+        return F.gelu(x, approximate="tanh")
     out = x.new_empty(x.shape)
-    rows = max(1, piece // x.shape[-1])
+    rows = max(1, PIECE * torch.get_num_threads() // x.shape[-1])
     for part, outputs in zip(x.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):
         wide = part.float()
         inner = torch.addcmul(torch.tensor(ROOT), wide, wide, value=0.044715 * ROOT).mul_(wide)

@@ -274,13 +274,13 @@ class Attention(nn.Module):
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         if self.by_kind:
-            qkv = qkv.view(b, t, 1, -1, self.head_size)  # [b, t, 1, n + 2 kv, d]
-            kv = qkv.shape[3] // (self.group_size + 2)
-            qk, v = qkv[..., :-kv, :], qkv[:, :, 0, -kv:]
+            heads = qkv.view(b, t, -1, self.head_size)  # [b, t, n + 2 kv, d]
+            kv = heads.shape[2] // (self.group_size + 2)
+            n = heads.shape[2] - 2 * kv
             if rotary is not None:
-                qk = rotate_in_place(qk, rotary)
-            q, k = qk[:, :, 0, :-kv], qk[:, :, 0, -kv:]  # [b, t, n, d], [b, t, kv, d]
-            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+                rotate_in_place(heads.narrow(2, 0, n + kv).unsqueeze(2), rotary)
+            q, k, v = heads.transpose(1, 2).split((n, kv, kv), dim=1)
+            return q, k, v
         qkv = qkv.view(b, t, -1, self.group_size + 2, self.head_size)  # [b, t, kv, group + key + value, d]
         qk, v = qkv[..., :-1, :], qkv[..., -1, :]  # [b, t, kv, group + key, d], [b, t, kv, d]
         if self.qk_norm is not None:

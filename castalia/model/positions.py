@@ -81,9 +81,11 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 def rotate_in_place(x: Tensor, rotation: Rotation) -> Tensor:
     """`rotate` of a tensor that is not needed any more, so that dimensions that do not turn stay where they are."""
     if isinstance(rotation, Tensor):
-        return rotate(x, rotation)
-    half = rotation[0].shape[-1]
-    x[..., : 2 * half] = rotate(x[..., : 2 * half], rotation)
+        turning = x.flatten(1, 3).narrow(-1, 0, rotation.shape[-1])  # [b, kv * heads, r], since t is 1
+        turning.copy_(turning @ rotation)
+    else:
+        turning = x.narrow(-1, 0, 2 * rotation[0].shape[-1])
+        turning.copy_(rotate(turning, rotation))
     return x
 
 
