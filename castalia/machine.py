@@ -47,11 +47,29 @@ def total_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def allowed_memory() -> int:
+    """Bytes of memory that the machine has, or that its limits allow this process where these are fewer."""
+    limits = [most for group in GROUPS if (most := _limit_of_group(*group[:2])) is not None]
+    return min([total_memory(), *limits, *_own_limit()])
+
+
 def free_memory() -> int:
     """Bytes that the system could give away, caches included, else half of all there is; no more than limits leave."""
     left = [free for group in GROUPS if (free := _free_in_group(*group)) is not None]
+    return min([_free_in_system(), *left, *_own_limit()])
+
+
+def _own_limit() -> list[int]:
     own = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    return min([_free_in_system(), *left, *([] if own == resource.RLIM_INFINITY else [own])])
+    return [] if own == resource.RLIM_INFINITY else [own]
+
+
+def _limit_of_group(folder: str, limit: str) -> int | None:
+    """The most that the control group allows; None without a limit."""
+    try:
+        return int(Path(folder, limit).read_text())
+    except (OSError, ValueError):  # no such group, or the word "max"
+        return None
 
 
 def _free_in_system() -> int:

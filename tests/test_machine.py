@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from castalia import machine
-from castalia.machine import close_gaps, free_memory, total_memory, usable_cores
+from castalia.machine import allowed_memory, close_gaps, free_memory, total_memory, usable_cores
 
 
 def test_a_process_has_cores_and_memory():
@@ -23,8 +23,10 @@ def test_of_a_control_group_what_is_left_counts(tmp_path, monkeypatch):
     for name, text in {"max": "3000000\n", "current": "2500000\n", "stat": "file 9\ninactive_file 100000\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
     assert free_memory() == 600_000
+    assert allowed_memory() == 3_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() > free / 2
+    assert allowed_memory() <= total_memory()
 
 
 def test_python_looks_for_garbage_again_once_torch_is_imported():

@@ -9,6 +9,7 @@ from castalia.cli.render import print_table, say
 from castalia.config.notes import folded
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import KvCache, MemoryPlan, RunPlan, SizedPlan
+from castalia.plan.recompute import again_text
 from castalia.plan.run_description import describe_training
 from castalia.plan.step_cost import Verdict
 from castalia.plan.suggest import Suggestions, particular
@@ -162,6 +163,10 @@ def _memory(layout: Layout, memory: MemoryPlan) -> None:
     print_table(title, header, rows)
     others = ", ".join(f"{policy} {memory_size(size)}" for policy, size in memory.by_recompute.items())
     say(f"with recompute: {others}")
+    if memory.computed_again:
+        texts = [again_text(counts) for counts in memory.computed_again]
+        parts = [f"{text} of stage {stage}" for stage, text in enumerate(texts)] if len(texts) > 1 else texts
+        say(f"computed again (recompute auto, by operations for the bytes they free): {'; '.join(parts)}")
     if memory.fits is not None and memory.usable is not None:
         verdict = "fits" if memory.fits else "does not fit"
         print(f"{verdict}: {memory_size(memory.largest)} needed, {memory_size(memory.usable)} usable on each device")

@@ -36,7 +36,10 @@ WHEN = {
     "train.max_hours": ("where a run has to end in time, saved", "8.5"),
     "train.batch_size": ("for smoother gradients (larger) or more updates for the same data (smaller)", "64"),
     "train.micro_batch_size": ("where memory is short (smaller) or the device is not busy (larger)", "4"),
-    "train.recompute": ("where memory is short: a third more computing, far fewer activations", "full"),
+    "train.recompute": (
+        "where memory is short: full computes a third more and keeps far fewer activations, auto only where it must",
+        "auto",
+    ),
     "train.compile": ("to wait for compiling once and save time in every step", "true"),
     "train.deterministic": ("where a repeated step must give the same bits on a GPU", "true"),
     "precision.compute": (

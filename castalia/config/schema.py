@@ -868,10 +868,11 @@ class TrainConfig(Section):
         description="adds this times the square of log(sum of exp(logits)) to each token's training loss; "
         "objective=reward: this times the squares of both rewards",
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Literal["none", "selective", "full", "auto"] = Field(
         "none",
         description="activation checkpointing: what the backward pass of a block computes again; none: nothing, "
-        "selective: all but matrix products, full: everything",
+        "selective: all but matrix products, full: everything, auto: everything in as many blocks as memory asks for, "
+        "in those first that take the least time for the bytes that they free",
     )
     compile: Literal["auto", True, False] = Field(
         "auto",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -46,8 +49,9 @@ def has_dropout(config: CompleteConfig) -> bool:
 def apply_activation_checkpointing(model: nn.Module, mode: str, *, dropout: bool) -> None:
     """Wraps the forward pass of every block in activation checkpointing.
 
-    `mode` is "none", "full" (only a block's input is saved) or "selective" (the outputs of its matrix products, too).
-    The wrapped function is `forward`, not the module, so parameter names stay as they are.
+    `mode` is "none", "full" (only a block's input is saved), "selective" (the outputs of its matrix products, too) or
+    "auto": as "full", until `compute_again` says which blocks it is for. The wrapped function is `forward`, not the
+    module, so parameter names stay as they are.
     """
     if mode == "none":
         return
@@ -56,7 +60,67 @@ def apply_activation_checkpointing(model: nn.Module, mode: str, *, dropout: bool
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     blocks: Any = model.blocks
     for block in blocks.values():
-        block.forward = partial(_recomputed, block.forward, options)
+        if mode == "auto":
+            block.recomputation = Recomputation()
+            block.forward = partial(_recomputed_if_on, block.recomputation, block.forward, options)
+        else:
+            block.forward = partial(_recomputed, block.forward, options)
+
+
+class Recomputation(AbstractContextManager):
+    """Whether a block is computed again, and how long each time takes while that is measured. A context manager around
+    the block's second forward pass."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.device: torch.device | None = None  # where it is measured; None: it is not
+        self.marks: list[Any] = []  # before and after each pass
+
+    def measure(self, device: torch.device | None) -> None:
+        """Measures from now on, or with None no more."""
+        self.device, self.marks = device, []
+
+    def __enter__(self) -> None:
+        self.marks.append(self._mark())
+
+    def __exit__(self, *error: Any) -> None:
+        self.marks.append(self._mark())
+
+    def _mark(self) -> Any:
+        """The time, or on GPUs, which nothing here waits for, an event that will know it."""
+        if self.device is None or self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each pass. The device must have computed them all."""
+        pairs = list(zip(self.marks[::2], self.marks[1::2], strict=True))
+        return [end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+
+
+def compute_again(models: Iterable[nn.Module], numbers: Collection[int]) -> None:
+    """Has the blocks of these numbers computed again and no others, in models with "auto"."""
+    for number, recomputation in recomputations(models).items():
+        recomputation.on = number in numbers
+
+
+def recomputations(models: Iterable[nn.Module]) -> dict[int, Recomputation]:
+    """What "auto" has added to each block, by the blocks' numbers."""
+    every: list[Any] = [model.blocks for model in models]
+    return {int(name): block.recomputation for blocks in every for name, block in blocks.items()}
+
+
+def _recomputed_if_on(
+    recomputation: Recomputation, forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    if not recomputation.on:
+        return forward(*args, **kwargs)
+    if recomputation.device is not None:
+        options = options | {"context_fn": lambda: (nullcontext(), recomputation)}
+    return _recomputed(forward, options, *args, **kwargs)
 
 
 def _recomputed(forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from math import prod
 
 from castalia.config.float8_matrices import float8_matrices
@@ -67,10 +68,15 @@ def peak_tokens_per_second(model: ModelConfig, length: int, devices: int, flops:
     return devices * flops / training_flops(model, length)
 
 
-def executed_flops(model: ModelConfig, length: int, recompute: str) -> float:
-    """Operations performed for one token: full activation checkpointing runs the blocks' forward pass twice."""
-    again = blocks_flops(model, length) if recompute == "full" else 0.0
-    return training_flops(model, length) + again
+def executed_flops(model: ModelConfig, length: int, recompute: str, again: Collection[int] = ()) -> float:
+    """Operations performed for one token: full activation checkpointing runs the blocks' forward pass twice.
+
+    `again`: with "auto", the blocks that it does so for.
+    """
+    if recompute == "full":
+        return training_flops(model, length) + blocks_flops(model, length)
+    kinds = Counter(model.layer_kinds[number] for number in again)
+    return training_flops(model, length) + sum(n * block_flops(model, length, kind) for kind, n in kinds.items())
 
 
 def neox_flops(model: ModelConfig, length: int, recompute: bool = False) -> float:

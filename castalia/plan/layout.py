@@ -24,7 +24,7 @@ class Layout:
     sequence_parallel: bool = False
     micro_batch: int = 1  # sequences of one forward pass on one rank
     accumulation: int = 1  # forward passes of a step
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full", "auto"] = "none"
     pipeline: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
     stages_per_rank: int = 1
     offload: bool = False  # parameters, gradients and optimizer state are in host memory
@@ -115,6 +115,14 @@ def rank_parts(model: ModelConfig, layout: Layout, length: int) -> list[Stage]:
         layers = sum(stage.layers for stage in mine)
         parts.append(Stage(rank, layers, any(s.first for s in mine), any(s.last for s in mine)))
     return parts
+
+
+def blocks_of_rank(model: ModelConfig, layout: Layout, length: int, rank: int) -> tuple[int, ...]:
+    """The numbers of the blocks of a pipeline rank, lowest first."""
+    cut = stages(model, layout.pp * layout.stages_per_rank, length)
+    ends = [sum(stage.layers for stage in cut[: i + 1]) for i in range(len(cut))]
+    mine = sorted(stages_of_rank(layout.pipeline, layout.pp, layout.stages_per_rank, rank))
+    return tuple(number for i in mine for number in range(ends[i] - cut[i].layers, ends[i]))
 
 
 def in_flight(layout: Layout, rank: int) -> float:

@@ -10,7 +10,8 @@ gradients exist; where only some blocks train, also in the forward pass of a fro
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil, prod
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.scan_chunks import CHUNK_VALUES, SCAN_TOKENS, scan_chunk
 from castalia.config.schema import FinetuneConfig, LayerKind, LoraConfig, ModelConfig, OptimizerConfig, RunConfig
 from castalia.config.tensor_table import Shapes, adapter_shapes, all_shapes, block_of, local_size, row_of
-from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
+from castalia.plan.layout import Layout, Stage, blocks_of_rank, in_flight, rank_parts
 
 # Activation functions whose backward pass needs their output, which the next matrix keeps anyway.
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}
@@ -154,25 +155,62 @@ def attending(model: ModelConfig, layout: Layout, tokens: int, length: int, comp
     return Attending(choice, bias if held else 0, rows * here * queries * length if plain else 0)
 
 
+class BlockKind(NamedTuple):
+    """What the memory and the time of a block depend on."""
+
+    layer: LayerKind
+    windowed: bool = False  # has the sliding window, which other blocks lack
+
+    def __str__(self) -> str:
+        return f"{self.layer} windowed" if self.windowed else self.layer
+
+
+@lru_cache
+def block_kinds(model: ModelConfig) -> tuple[BlockKind, ...]:
+    """The kind of each block."""
+    differ = 0 < model.windowed_share < 1
+    return tuple(
+        BlockKind(layer, differ and layer in ("dense", "moe") and model.window_of(number) is not None)
+        for number, layer in enumerate(model.layer_kinds)
+    )
+
+
+@lru_cache
+def alike(model: ModelConfig, kind: BlockKind) -> ModelConfig:
+    """The model with all blocks with attention as those of this kind."""
+    changes: dict[str, object] = {}
+    if 0 < model.windowed_share < 1:
+        changes |= {"window_pattern": (True,)} if kind.windowed else {"sliding_window": None}
+    if model.experts and len({"dense", "moe"} & set(model.layer_kinds)) == 2:
+        every = model.experts.with_({"first": 0, "every": 1})
+        changes |= {"experts": every if kind.layer == "moe" else None}
+    return model.with_(changes) if changes else model
+
+
 def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
     """What one block keeps of a micro-batch of `tokens` tokens on this rank, in sequences of `length`, on average."""
+    kinds = block_kinds(model)
+    kept = {kind: block_activations(model, kind, layout, tokens, length, compute) for kind in set(kinds)}
+    return _mean([kept[kind] for kind in kinds])
+
+
+def _mean(blocks: Sequence[Activations]) -> Activations:
+    whole, kept, again = (sum(each) // len(blocks) for each in zip(*map(astuple, blocks), strict=True))
+    return Activations(whole, kept, again)
+
+
+def block_activations(
+    model: ModelConfig, kind: BlockKind, layout: Layout, tokens: int, length: int, compute: Compute
+) -> Activations:
+    """`activations` of the blocks of one kind."""
     other = {"mamba": _mamba_block, "rwkv": _rwkv_block}
-    kept: dict[LayerKind, Activations] = {
-        kind: other[kind](model, layout, tokens, length, compute)
-        if kind in other
-        else _gated_block(model, layout, tokens, length, compute, kind == "amlp")
-        for kind in model.other_kinds
-    }
-    if model.attention_layers:
-        attention = _attention_blocks(model, layout, tokens, length, compute)
-        kept |= {"dense": attention, "moe": attention}
-    adapted = {kind: _with_adapters(block, model, kind, layout, tokens, compute) for kind, block in kept.items()}
-    numbers = Counter(model.layer_kinds)
-
-    def average(name: str) -> int:
-        return sum(number * getattr(adapted[kind], name) for kind, number in numbers.items()) // model.num_layers
-
-    return Activations(average("whole"), average("kept"), average("again"))
+    if kind.layer in other:
+        kept = other[kind.layer](model, layout, tokens, length, compute)
+    elif kind.layer in ("gmlp", "amlp"):
+        kept = _gated_block(model, layout, tokens, length, compute, kind.layer == "amlp")
+    else:
+        kept = _attention_block(alike(model, kind), layout, tokens, length, compute)
+    return _with_adapters(kept, model, kind.layer, layout, tokens, compute)
 
 
 def _gated_block(
@@ -249,18 +287,8 @@ def _channel_values(model: ModelConfig, tokens: int, tp: int) -> int:
     return tokens * (4 * model.hidden_size + (2 * model.hidden_size + 2 * model.rwkv_width) // tp)
 
 
-def _attention_blocks(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
-    """`activations` of blocks with attention, of which only some may have the sliding window, on average."""
-    share = model.windowed_share
-    whole = model.with_({"sliding_window": None}) if share < 1 and model.sliding_window else model
-    if whole is model:
-        return _attention_block(model, layout, tokens, length, compute)
-    parts = [_attention_block(each, layout, tokens, length, compute) for each in (model, whole)]
-    return Activations(*(int(share * a + (1 - share) * b) for a, b in zip(*map(astuple, parts), strict=True)))
-
-
 def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
-    """`activations` of a block with attention, with as many experts as they have on average."""
+    """`activations` of a block with attention. All of them are alike, see `alike`."""
     size, tp = compute.element_bytes, layout.tp
     # Elements: of the hidden state [tokens, hidden]; of queries, and of keys or values, [tokens, heads * head size]; of
     # the MLP's inner width [tokens, width].
@@ -271,7 +299,7 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
     reads = _inputs_kept(model, compute.finetune)  # modules whose input autograd keeps
     eights = _float8_inputs(model, tp, reads) if compute.float8 else {}  # and those of which it keeps float8 values
     reads -= eights.keys()
-    reading = ["attn.qkv" in reads, bool({"mlp.up", "mlp.gate"} & reads)]
+    reading = ["attn.qkv" in reads, bool({"mlp.up", "mlp.gate", "mlp.router"} & reads)]
     num_norms = 1 if model.has_one_norm else 4 if model.norm_placement == "both" else 2
     outputs = any(reading) if model.has_one_norm else sum(reading)
     how = attending(model, layout, tokens, length, compute)
@@ -433,6 +461,7 @@ class Rank:
     stage: Stage
     length: int
     compute: Compute
+    again: frozenset[int] = frozenset()  # where layout.recompute is "auto", the blocks that are computed again
 
     @cached_property
     def tokens(self) -> int:
@@ -487,14 +516,47 @@ class Rank:
         return self.sizes["embed.weight"]
 
     @cached_property
+    def live_blocks(self) -> tuple[int, ...]:
+        """The numbers of the blocks that the backward pass goes through, lowest first."""
+        numbers = blocks_of_rank(self.model, self.layout, self.length, self.stage.index)
+        return numbers[len(numbers) - self.live :]
+
+    @cached_property
     def one(self) -> Activations:
-        """Activations of one block for one micro-batch."""
-        return activations(self.model, self.layout, self.tokens, self.length, self.compute)
+        """Activations of one block for one micro-batch, on average over the model."""
+        kinds = block_kinds(self.model)
+        known = {kind: self.of_kind(kind, bool(self.again)) for kind in set(kinds)}
+        return _mean([known[kind] for kind in kinds]) if len(known) > 1 else known[kinds[0]]
+
+    @cached_property
+    def each(self) -> tuple[Activations, ...]:
+        """Activations of each of the live blocks for one micro-batch."""
+        kinds = block_kinds(self.model)
+        return tuple(self.of_kind(kinds[number], number in self.again) for number in self.live_blocks)
+
+    def of_kind(self, kind: BlockKind, again: bool) -> Activations:
+        """Activations of a block for one micro-batch; where recompute=auto, of one that is computed `again` or not."""
+        if (kind, again) not in self._of_kinds:
+            layout = self._with_policy(again)
+            found = block_activations(self.model, kind, layout, self.tokens, self.length, self.compute)
+            self._of_kinds[kind, again] = found
+        return self._of_kinds[kind, again]
+
+    @cached_property
+    def _of_kinds(self) -> dict[tuple[BlockKind, bool], Activations]:
+        """What `of_kind` has found out."""
+        return {}
+
+    def _with_policy(self, again: bool) -> Layout:
+        """The layout with "full" or "none" in place of "auto"."""
+        if self.layout.recompute != "auto":
+            return self.layout
+        return replace(self.layout, recompute="full" if again else "none")
 
     @cached_property
     def attending(self) -> Attending:
         """The attention kernel and its memory."""
-        return attending(self.model, self.layout, self.tokens, self.length, self.compute)
+        return attending(self.model, self._with_policy(bool(self.again)), self.tokens, self.length, self.compute)
 
     @property
     def head_name(self) -> str:
@@ -583,7 +645,7 @@ class Rank:
         return self._memory(
             gradients=self._gradients(done=0) + self._head_gradient,
             copies=self._copies(max(1, self._cast_blocks), head=False),
-            activations=self._kept + self.one.again + self._backward_work,
+            activations=self._most_in_blocks,
         )
 
     def _in_first_block(self) -> Memory:
@@ -591,7 +653,9 @@ class Rank:
         return self._memory(
             gradients=self._gradients(done=above),
             copies=self._copies(1, head=False),
-            activations=self.one.whole + self.attending.bias + self._backward_work,
+            activations=self.each[0].whole
+            + self.attending.bias
+            + self._backward_work(self.model.layer_kinds[self.live_blocks[0]]),
         )
 
     def at_end(self) -> Memory:
@@ -615,22 +679,32 @@ class Rank:
     @property
     def _kept(self) -> int:
         held = in_flight(self.layout, self.stage.index)
-        return int(self.live * held * self.one.kept) + ceil(held) * self.attending.bias * self.layout.stages_per_rank
+        blocks = int(held * sum(block.kept for block in self.each))
+        return blocks + ceil(held) * self.attending.bias * self.layout.stages_per_rank
 
     @property
-    def _backward_work(self) -> int:
-        """Gradients of the MLP's inner width and of the hidden state in a block's backward pass."""
+    def _most_in_blocks(self) -> int:
+        """The most that exists in the backward pass of a block, when those above it are done."""
+        kept, most, layers = self._kept, 0, self.model.layer_kinds
+        work = {kind: self._backward_work(kind) for kind in set(layers)}
+        for number, block in zip(reversed(self.live_blocks), reversed(self.each), strict=True):
+            most = max(most, kept + block.again + work[layers[number]])
+            kept -= block.kept
+        return most
+
+    def _backward_work(self, kind: LayerKind) -> int:
+        """Gradients of the MLP's inner width and of the hidden state in the backward pass of a block."""
         inner = int(self.tokens * _inner_width(self.model)) // self.layout.tp * self.compute.element_bytes
         still_needed = 2 if self.model.activation in _KEEPS_OUTPUT and not self.model.gated_mlp else 1
         reads = _inputs_kept(self.model, self.compute.finetune)
         # The gradient of an adapter's scaled output.
         scaled = inner if self.compute.finetune.lora and "mlp.up" in reads else 0
         mlp = still_needed * inner + scaled + 2 * self.stream
-        if "mamba" in self.model.other_kinds:  # decays, states, their gradients and a product of those, for a chunk
+        if kind == "mamba":  # decays, states, their gradients and a product of those, for a chunk
             wide = self.tokens * self.model.mamba_width // self.layout.tp
             mlp += 4 * 4 * min(wide * self.model.mamba_sizes.states, CHUNK_VALUES[self.compute.device])
             mlp += 4 * (3 + self.compute.casts) * wide  # gradients of y, x and steps
-        if "rwkv" in self.model.other_kinds:  # what each token of a group has of each, for a chunk, and gradients
+        if kind == "rwkv":  # what each token of a group has of each, for a chunk, and gradients
             heads = self.model.hidden_size // self.layout.tp  # what belongs to heads of this rank
             chunk = scan_chunk(self.compute.device, self.tokens // self.length * heads)
             groups = min(chunk, self.length) * self.tokens // self.length * heads
@@ -672,7 +746,8 @@ class Rank:
 
     @property
     def _cast_blocks(self) -> int:
-        return self.live if self.layout.recompute == "none" else 0
+        kept = self.live - len(self.again) if self.layout.recompute == "auto" else self.live
+        return 0 if self.layout.recompute in ("selective", "full") else kept
 
     def _copies(self, blocks: int, head: bool) -> int:
         """Bytes of weights in the compute dtype, while `blocks` blocks and perhaps the head hold theirs."""

@@ -87,6 +87,7 @@ class MemoryPlan:
     by_recompute: dict[str, int]  # of the fullest rank under each policy of activation checkpointing
     usable: int | None
     fits: bool | None
+    computed_again: list[dict[str, tuple[int, int]]]  # with recompute=auto, of each stage's blocks of a kind: (n, all)
 
 
 @dataclass(frozen=True)

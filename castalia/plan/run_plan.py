@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log, prod
 from typing import Protocol
@@ -25,8 +26,8 @@ from castalia.plan.flops import (
     training_flops,
 )
 from castalia.plan.host import host_memory, initial_values
-from castalia.plan.layout import Layout, problem, rank_parts
-from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
+from castalia.plan.layout import Layout, problem
+from castalia.plan.memory import Compute, Rank, checkpoint_bytes, compute_of, moments_of
 from castalia.plan.plan_parts import (
     FlopsPlan,
     KvCache,
@@ -38,6 +39,7 @@ from castalia.plan.plan_parts import (
     TimePlan,
     TrainingPlan,
 )
+from castalia.plan.recompute import again_by_kind, ranks_of
 from castalia.plan.run_description import (
     MANY_EPOCHS,
     attention,
@@ -150,6 +152,10 @@ def report(
             f"{reason}; choose another layout, `castalia plan CONFIG --gpus NUMBERxDEVICE --suggest` lists them"
         )
     length, parameters = config.data.seq_length, count(model)
+    usable = hardware.device.usable_bytes(layout.communicators) if hardware else None
+    ranks = ranks_of(model, layout, length, compute, usable)
+    if layout.recompute == "auto" and hardware is None:
+        assumed.append("train.recompute=auto: no block is computed again; which ones the devices tell (--gpus)")
     neox_total = neox_count(model, layout.tp, layout.pp)
     sizes = {name: prod(shape) for name, shape in all_shapes(model, config.finetune).items()}
     moments = compute.moments.of(model, config.finetune)
@@ -159,13 +165,15 @@ def report(
         by_kind=parameters.by_kind,
         neox_total=neox_total,
         trained=sum(size for name, size in sizes.items() if config.finetune.trains(name)),
-        memory=_memory(model, layout, length, compute, hardware),
+        memory=_memory(ranks, usable),
         host_memory=host_memory(config, model, layout, compute),
         initial_values=initial_values(config, model, layout, compute),
         checkpoint=checkpoint_bytes(sum(sizes.values()), moments, neox_total, not compute.casts),
         flops=FlopsPlan(
             per_token=training_flops(model, length),
-            executed_per_token=executed_flops(model, length, layout.recompute),
+            executed_per_token=executed_flops(
+                model, length, layout.recompute, [n for rank in ranks for n in rank.again]
+            ),
             neox_per_token=neox_flops(model, length),
         ),
         time=_time(plan.training, job_of(config, hardware, layout.batch, compute), layout) if hardware else None,
@@ -434,23 +442,23 @@ def _architecture(model: ModelConfig) -> ModelShape:
     )
 
 
-def _memory(model: ModelConfig, layout: Layout, length: int, compute: Compute, hardware: Hardware | None) -> MemoryPlan:
-    memories = memory_by_stage(model, layout, length, compute)
+def _memory(ranks: Sequence[Rank], usable: int | None) -> MemoryPlan:
+    layout, chooses = ranks[0].layout, ranks[0].layout.recompute == "auto"
+    stages = [
+        StageMemory(rank.stage.index, rank.stage.layers, layout.gpus // layout.pp, rank.memory()) for rank in ranks
+    ]
+    largest = max(stage.memory.total for stage in stages)
     policies: dict[str, int] = {}
     for policy in ("none", "selective", "full"):
-        other = memory_by_stage(model, replace(layout, recompute=policy), length, compute)
-        policies[policy] = max(memory.total for memory in other)
-    largest = max(memory.total for memory in memories)
-    usable = hardware.device.usable_bytes(layout.communicators) if hardware else None
+        other = [replace(rank, layout=replace(layout, recompute=policy), again=frozenset()) for rank in ranks]
+        policies[policy] = max(rank.memory().total for rank in other)
     return MemoryPlan(
-        stages=[
-            StageMemory(stage.index, stage.layers, layout.gpus // layout.pp, memory)
-            for stage, memory in zip(rank_parts(model, layout, length), memories, strict=True)
-        ],
+        stages=stages,
         largest=largest,
-        by_recompute=policies,
+        by_recompute=policies | ({"auto": largest} if chooses else {}),
         usable=usable,
         fits=largest <= usable if usable is not None else None,
+        computed_again=[again_by_kind(rank) for rank in ranks] if chooses else [],
     )
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from castalia.config.float8_matrices import float8_matrices
 from castalia.config.schema import ModelConfig
 from castalia.plan.devices import NODE, Device
-from castalia.plan.flops import blocks_flops, executed_flops, float8_flops, head_flops
+from castalia.plan.flops import blocks_flops, float8_flops, head_flops, training_flops
 from castalia.plan.layout import Layout, bubble, rank_parts
 from castalia.plan.memory import Compute, Memory, Rank
+from castalia.plan.recompute import choose_blocks
 
 EFFICIENCY = 0.6  # share of a device's peak that its matrix products reach; MFU is what everything else leaves of it
 USUAL_MFU = 0.4
@@ -80,7 +81,8 @@ def fullest_ranks(job: PlanRequest, layout: Layout) -> list[Rank]:
     """One rank of each stage that may be the fullest: the stages between hold no more than the second one."""
     parts = rank_parts(job.model, layout, job.length)
     ends = {0, 1, layout.pp - 1} & set(range(layout.pp))
-    return [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
+    ranks = [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
+    return [choose_blocks(rank, job.device.usable_bytes(layout.communicators)) for rank in ranks]
 
 
 def fits(job: PlanRequest, layout: Layout, memory: Memory) -> bool:
@@ -96,21 +98,23 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     slowest = max(part.layers * block + part.last * head for part in parts)
     balance = slowest * layout.pp / (model.num_layers * block + head)
 
-    operations = executed_flops(model, job.length, layout.recompute) * layout.batch * length / layout.gpus
+    # The share of the blocks that are computed again in full, on the rank that does most of it.
+    again = max(len(rank.again) / rank.stage.layers for rank in ranks) if layout.recompute != "full" else 1.0
+    executed = training_flops(model, job.length) + again * blocks_flops(model, job.length)
     if job.compute.float8 and device.float8:  # at twice the rate
-        passes = 4 if layout.recompute == "full" else 3
-        operations -= passes * float8_flops(model) / 2 * layout.batch * length / layout.gpus
+        executed -= (3 + again) * float8_flops(model) / 2
+    operations = executed * layout.batch * length / layout.gpus
     compute = balance * operations / (device.peak_tflops(job.compute.precision) * 1e12 * job.efficiency)
     parameters = max(rank.parameters for rank in ranks)
     layers = max(part.layers for part in parts)
-    activations = TIMES_MOVED * layers * ranks[0].one.whole * (4 / 3 if layout.recompute == "full" else 1)
+    activations = TIMES_MOVED * layers * ranks[0].one.whole * (1 + again / 3)
     if layout.recompute == "selective":
         activations += 2 * layers * ranks[0].one.again
     tokens = layout.micro_batch * length // layout.cp
     casts = layers / model.num_layers * _float8_casts(model, layout.tp, tokens) if job.compute.float8 else 0.0
     traffic = layout.accumulation * (parameters * (3 * size + 8) + activations + casts) / (device.bandwidth * 1e9)
 
-    sums = (6.0 if layout.recompute == "full" else 4.0) * layers * layout.accumulation
+    sums = (4 + 2 * again) * layers * layout.accumulation
     if model.parallel_residual:
         sums /= 2  # attention and MLP share one all-reduce
     speed = _collective_rate(device, layout.tp, 1)
@@ -124,7 +128,7 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
         data = max(0.0, share * (4 * reductions + (size if layout.zero else 4)) - compute / 3 / layout.accumulation)
     mixture, here = model.experts, layers * model.layer_kinds.count("moe") / model.num_layers
     there = 0.0 if mixture is None else 2 * mixture.top_k * (layout.expert - 1) / layout.expert  # and back
-    travels = there * here * layout.accumulation * (3 if layout.recompute == "full" else 2)
+    travels = there * here * layout.accumulation * (2 + again)
     experts = travels * tokens * model.hidden_size * size / _collective_rate(device, layout.expert, 1)
     busy = compute + traffic + tensor + experts
     return Costs(compute, traffic, tensor, data, experts, busy * bubble(layout))

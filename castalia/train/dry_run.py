@@ -34,7 +34,8 @@ def _show_one_step(session: Session, folder: Path, verbose: bool) -> dict[str, A
         show_header(session, display, folder, kept=False, verbose=verbose)
         with display.working("the order of the samples") as advance:
             build_index(session, advance)
-        done = session.progress.step
+        done, choice = session.progress.step, session.step.recomputing
+        in_force = choice and choice.in_force  # in this step, which may be the one that measures
         session.executor.cuts_padding = False  # the memory is that of the longest rows
         begin = time.perf_counter()
         # Model and optimizer exist by now, so the peak is what the step needs beyond them.
@@ -42,7 +43,10 @@ def _show_one_step(session: Session, folder: Path, verbose: bool) -> dict[str, A
             result = session.step(done, session.batch(done))
         seconds = time.perf_counter() - begin
         show_first_loss(session, result.loss, display)
+        if choice:
+            display.line(f"recompute: {choice}")
         measured, planned = measured_and_planned(session, planned_layout(session), memory.bytes)
+        planned = in_force.memory().total if in_force else planned
         took = f"tensors took {memory_size(measured)}, plan says {memory_size(planned)} ({measured / planned - 1:+.1%})"
         unmeasured = f"plan says {memory_size(planned)}; torch does not tell what a step takes on {session.device.type}"
         display.line(f"memory: {unmeasured if session.device.type == 'mps' else took}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import torch
 
 from castalia.config.float8_matrices import activation_type, refuse_float8
 from castalia.errors import ConfigError
-from castalia.machine import free_memory, usable_cores
+from castalia.machine import allowed_memory, free_memory, usable_cores
 from castalia.parallel.rendezvous import world_size
 from castalia.plan.devices import auto_precision, find_device, this_cpu
+from castalia.units import GiB
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -123,6 +125,19 @@ def present_flops(dtype: torch.dtype, size: int = 1024) -> float:
 def had_its_cores(busy_s: float, seconds: float, threads: int) -> bool:
     """Whether a busy process had a core for each of its threads: CPU seconds close to `seconds` x `threads`."""
     return busy_s > 0.9 * seconds * threads
+
+
+def usable_memory(device: torch.device, communicators: int) -> int:
+    """Bytes that a rank of `communicators` process groups can allocate on its device, counted as plans count them.
+
+    It is the same each time, whatever other programs do. Processes of a machine share its memory.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+    else:  # Apple's GPUs use the same memory
+        total = allowed_memory() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    name = "cuda" if device.type == "cuda" else "cpu"
+    return replace(this_cpu(), name=name, memory_gib=total / GiB).usable_bytes(communicators)
 
 
 def device_and_memory() -> tuple[str, int]:

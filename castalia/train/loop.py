@@ -265,6 +265,9 @@ class TrainingRun:
                     (self.metrics.note if evaluates or asks else self.metrics.write)(record)
                 if done == first:
                     show_first_loss(session, result.loss, self.display)
+                    if session.step.recomputing:
+                        self.display.line(f"recompute: {session.step.recomputing}")
+                        self._event("recompute", step=done, **session.step.recomputing.facts())
                 self.display.advance(record)
                 if is_save_step(config.checkpoint, done, last):
                     self.save()  # before the evaluation, which may take long and be cut short

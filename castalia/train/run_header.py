@@ -34,9 +34,10 @@ from castalia.plan.count import count
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import TrainingPlan
 from castalia.plan.run_description import clipping, describe_training, passes_text
-from castalia.plan.run_plan import RunFacts, layout_of, training, warnings
+from castalia.plan.run_plan import RunFacts, training, warnings
 from castalia.plan.step_cost import USUAL_MFU
 from castalia.train.fast_paths import fast_paths
+from castalia.train.recomputing import layout_in_run
 from castalia.train.run_facts import collect_run_facts
 from castalia.train.setup import Session
 from castalia.train.step_record import peak_speed
@@ -282,11 +283,7 @@ def run_facts_of(session: Session) -> RunFacts:
 
 def planned_layout(session: Session) -> Layout:
     """The planner's layout of this run. One process does the work of all ranks, whatever the config's layout."""
-    config, executor, plan = session.config, session.executor, session.plan
-    if executor.world > 1:
-        return layout_of(config, executor.world)[0]
-    recompute = config.train.recompute
-    return Layout(micro_batch=plan.micro_batch_size, accumulation=plan.accumulation, recompute=recompute)
+    return layout_in_run(session.config, session.executor.world, session.plan)
 
 
 def summary_lines(session: Session, folder: Path, known: RunFacts, layout: Layout) -> Iterator[tuple[str, str]]:
@@ -309,6 +306,8 @@ def summary_lines(session: Session, folder: Path, known: RunFacts, layout: Layou
     )
     # The planner does not know what this run has restored or switched off, so some of its lines are replaced.
     yield "fast paths", _fast_paths(session, planned.attention.partition(";")[0])
+    if session.step.recomputing:
+        yield "recompute", str(session.step.recomputing)
     for name, text in describe_training(planned):
         yield name, text
         if name == "evaluated" and (held_out := _held_out(config)):

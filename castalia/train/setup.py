@@ -34,6 +34,7 @@ from castalia.train.loss_scale import LossScaler
 from castalia.train.neox_quirks import NeoXQuirks, quirks_of
 from castalia.train.optimizer import DUPLICATE, make_optimizer, rescale_moments
 from castalia.train.preference import PreferenceLoss
+from castalia.train.recomputing import recomputing_of
 from castalia.train.reference_model import needs_reference
 from castalia.train.resolve import ResolvedRun, resolve
 from castalia.train.schedule import learning_rate, resumed_learning_rate
@@ -174,6 +175,7 @@ def make_session(run: ResolvedRun, executor: Executor, loaded: LoadReport | None
         first_compiled=run.compiling.first or 0,
         counted_in_norm=None if quirks.norm_ranks == (1, 1) else first_rank(model, *quirks.norm_ranks),
         balance_rate=model.experts.balance_rate if model.experts else 0.0,
+        recomputing=recomputing_of(config, executor, run.plan, run.compiling.first is not None),
     )
     # With `auto` nobody asked for compiling, so a failure to compile must not end the run; with `true` it does.
     if run.compiling.first is not None:

@@ -44,6 +44,7 @@ from castalia.train.update_rules import AnyOptimizer
 
 if TYPE_CHECKING:
     from castalia.train.preference import PreferenceLoss
+    from castalia.train.recomputing import Recomputing
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -100,13 +101,14 @@ class TrainStep:
         first_compiled: int = 0,
         counted_in_norm: NormSubset | None = None,
         balance_rate: float = 0.0,
+        recomputing: Recomputing | None = None,
     ):
         self.executor, self.optimizer, self.rate, self.plan = executor, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
         self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
         self.skipped, self.preference, self.batch_warmup = skipped, preference, batch_warmup
         self.counted_in_norm = counted_in_norm  # what clipping takes the norm of; None: all gradients
-        self.balance_rate = balance_rate
+        self.balance_rate, self.recomputing = balance_rate, recomputing
         self.skipped_in_a_row, self.first_compiled = 0, first_compiled
         self._pending: _Gradients | None = None
 
@@ -134,6 +136,8 @@ class TrainStep:
         clipped_tensor = self.executor.gradient_norm(self.counted_in_norm) if self.counted_in_norm else norm_tensor
         # The only place where a step waits for the device.
         loss, norm, clipped = self.executor.numbers(loss_tensor, norm_tensor, clipped_tensor)
+        if self.recomputing:
+            self.recomputing.settle()
         if self.preference:
             self.preference.make_report()
         self._pending = _Gradients(step, batch, loss, norm / scale, clipped / scale, self.rate(step - self.skipped))

@@ -15,6 +15,8 @@ from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, Stopped, TrainingError
 from castalia.observe.metrics import read_metrics
 from castalia.parallel.executor import StepLeft
+from castalia.plan.recompute import choose_blocks
+from castalia.train import recomputing
 from castalia.train.loop import train
 from castalia.train.setup import start
 from castalia.train.step_record import peak_speed
@@ -146,6 +148,54 @@ def test_recomputation_changes_no_bit(pool, tiny, layout, recompute):
         for how in ("none", recompute)
     )
     assert [(rank.losses, rank.digests) for rank in plain] == [(rank.losses, rank.digests) for rank in again]
+
+
+def train_with_some_memory(config, usable):
+    """A task: what `train_steps` sees where so much memory is usable, the blocks that are computed again, and whether
+    the choice is still to be made before the first step."""
+    before, recomputing.usable_memory = recomputing.usable_memory, lambda device, communicators: usable
+    try:
+        seen, choice = train_steps(config, 3), start(config).step.recomputing
+        session = start(config)
+        session.step(0, session.batch(0))
+        again = session.step.recomputing.rank.again
+        return seen.losses, seen.digests, again, choice.is_open, [choose_blocks(choice.rank, b) for b in (10**15, 0)]
+    finally:
+        recomputing.usable_memory = before
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("gpt2-tied", ["parallel.zero=3"]),
+        ("mamba", ["parallel.tp=2"]),
+        ("experts", ["parallel.expert=2"]),
+        ("gpt2-tied", ["parallel.pp=2"]),
+        ("gpt2-tied", ["parallel.pp=2", "parallel.pipeline=zero-bubble"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_ranks_that_share_blocks_choose_the_same_ones_and_change_no_bit(pool, tiny, family, layout):
+    words = [
+        "model.num_layers=4",
+        "train.batch_size=32",
+        "train.micro_batch_size=8",
+        "train.accumulation=null",
+        *layout,
+    ]
+    plain = pool.run(train_steps, 2, tiny(family, *words), 3)
+    config = tiny(family, *words, "train.recompute=auto")
+    none, full = (rank.memory().total for rank in pool.run(train_with_some_memory, 2, config, 0)[0][-1])
+    assert full < none
+    found = pool.run(train_with_some_memory, 2, config, (none + full) // 2)
+    assert [(rank.losses, rank.digests) for rank in plain] == [rank[:2] for rank in found]
+    assert all(was_open for *_, was_open, _ in found)
+    again = [rank[2] for rank in found]
+    assert 0 < len(again[0]) < 4
+    if "parallel.pp=2" in layout:  # each has blocks of its own
+        assert not again[0] & again[1]
+    else:
+        assert again[0] == again[1]
 
 
 @pytest.mark.parametrize("layout", [["parallel.zero=3", "parallel.tp=2"], ["parallel.pp=2", "parallel.tp=2"]])

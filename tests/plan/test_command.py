@@ -75,6 +75,18 @@ def test_epochs_give_the_schedule_of_their_steps(fixtures) -> None:
     assert plan["steps"] > 50 and plan["decay_end"] and plan["first_lr"] < plan["peak_lr"]
 
 
+def test_blocks_that_are_computed_again_are_counted_by_stage() -> None:
+    words = ["plan", "pythia-410m", "train.micro_batch_size=4", "train.recompute=auto"]
+    said = " ".join(castalia(*words, "--gpus", "12GB").stdout.split())
+    assert "by operations for the bytes they free): 15 of 24 blocks" in said and "fits: 10.00 GiB needed" in said
+    assert "train.recompute=auto: no block is computed again" in " ".join(castalia(*words).stdout.split())
+    words += ["parallel.pp=2", "train.batch_size=64", "--gpus", "2x12GB"]
+    found = json.loads(castalia(*words, "--json").stdout)["memory"]
+    assert [count for _, count in (stage["dense"] for stage in found["computed_again"])] == [14, 10]
+    assert "of stage 0;" in " ".join(castalia(*words).stdout.split())
+    assert found["fits"] and found["by_recompute"]["full"] < found["by_recompute"]["auto"] == found["largest"]
+
+
 def test_suggestions_name_what_binds() -> None:
     done = castalia("plan", "gpt-neox-20b", "--gpus", "96x40GB", "--suggest")
     assert "does not fit" in done.stdout and "slower" in done.stdout

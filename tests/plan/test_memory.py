@@ -15,7 +15,7 @@ from castalia.model import transformer
 from castalia.model.float8 import set_float8
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
-from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
+from castalia.parallel.activation_checkpointing import apply_activation_checkpointing, compute_again
 from castalia.plan.count import count
 from castalia.plan.layout import Layout, Stage, problem, stages
 from castalia.plan.memory import Compute, Rank, activations, attending, memory_by_stage, moments_of
@@ -62,14 +62,25 @@ def build(model: ModelConfig, dtype: torch.dtype, finetune: FinetuneConfig) -> T
     return transformer
 
 
-def peak_bytes(model: ModelConfig, layout: Layout, dtype: torch.dtype, compute: Compute | None = None) -> int:
-    """Most bytes that tensors hold during a training step, parameters and optimizer state included."""
+def peak_bytes(
+    model: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    compute: Compute | None = None,
+    again: frozenset[int] = frozenset(),
+) -> int:
+    """Most bytes that tensors hold during a training step, parameters and optimizer state included.
+
+    `again`: with recompute=auto, the blocks that are computed again.
+    """
     compute = compute or Compute()
     transformer = build(model, dtype, compute.finetune)
     if compute.float8:
         set_float8(transformer, float8_matrices(model, tp=1)[0])
     reference = build(model, dtype, FinetuneConfig()) if compute.reference else None
     apply_activation_checkpointing(transformer, layout.recompute, dropout=False)
+    if layout.recompute == "auto":
+        compute_again([transformer], again)
     optimizer = make_optimizer(dict(transformer.named_parameters()), OptimizerConfig())
     state = sum(4 * (3 if p.requires_grad else 1) * p.numel() for p in transformer.parameters())
     state += sum(4 * p.numel() for p in reference.parameters()) if reference else 0
@@ -299,6 +310,23 @@ def test_ranks_hold_a_part_of_the_experts(layout, part) -> None:
     shards = rank.shards
     assert rank.memory().masters == 4 * (dense // shards + experts // part)
     assert rank.parameters == dense + experts // layout.expert  # what is gathered to compute with
+
+
+SOME_BLOCKS = [frozenset(), frozenset({0, 1, 2}), frozenset({3, 4, 5}), frozenset({0, 3}), frozenset(range(6))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["neox", "llama", "experts", "mamba"])
+def test_so_does_a_step_that_computes_some_blocks_again(family, dtype) -> None:
+    model = ModelConfig(**(BASE | FAMILIES[family] | {"num_layers": 6, "vocab_size": 128}))
+    compute, layout, peaks = Compute(name_of(dtype), "cpu"), Layout(micro_batch=4, recompute="auto"), []
+    near = 0.1 if model.experts or model.other_kinds else 0.05
+    for again in SOME_BLOCKS:
+        rank = Rank(model, layout, Stage(0, 6, True, True), LENGTH, compute, again)
+        peaks.append(peak_bytes(model, layout, dtype, again=again))
+        assert rank.memory().total == pytest.approx(peaks[-1], rel=near), again
+    none, lowest, highest, _, every = peaks
+    assert every < lowest < highest < none
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from castalia.cli.train import read_config
-from castalia.machine import usable_cores
+from castalia.machine import allowed_memory, usable_cores
 from castalia.observe.display import Display
 from castalia.observe.metrics import read_events, read_metrics
-from castalia.train.hardware import had_its_cores, machine_name, measured_flops, repeat_bits
+from castalia.plan.devices import USABLE
+from castalia.train.hardware import had_its_cores, machine_name, measured_flops, repeat_bits, usable_memory
 from castalia.train.loop import train
 from castalia.tune.replay import replay
 
@@ -87,6 +88,13 @@ def test_a_stopped_run_goes_on_bit_for_bit_on_a_gpu(switches, tiny, tmp_path, op
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     found = replay(tmp_path / "straight", 15)
     assert found["loss_distance"] == found["grad_norm_distance"] == 0
+
+
+def test_processes_of_a_machine_share_what_a_plan_calls_usable(monkeypatch):
+    alone = usable_memory(torch.device("cpu"), 3)
+    assert alone == pytest.approx(allowed_memory() * USABLE, abs=8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert usable_memory(torch.device("cpu"), 3) == pytest.approx(allowed_memory() / 4 * USABLE, abs=8)
 
 
 def test_the_machine_in_words():
