@@ -7,9 +7,10 @@
 Each side runs in a process of its own, and they take turns step by step, so that all meet the same machine. All start
 from the same weights, see the same batches, clip at 1.0 and must report the same losses. litgpt takes part where it can
 be imported. Allocator `default` is what a user of each side gets; `same` gives all sides the setting that `castalia
-train` makes. The floor is the model's operations over the machine's matmul rate; memory is what tensors hold at most,
-parameters and optimizer state included, beside the sum of `castalia plan`. On a machine that is busy with other work
-`--cpu-time` takes one thread for each side and counts the seconds that it computes instead of those that pass.
+train` makes. "castalia, auto" and its like are ours with that policy of recomputation; `auto` lacks half of the memory
+that `full` frees. The floor is the model's operations over the machine's matmul rate; memory is what tensors hold at
+most, parameters and optimizer state included, beside the sum of `castalia plan`. On a machine that is busy with other
+work `--cpu-time` takes one thread for each side and counts the seconds that it computes instead of those that pass.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from castalia.data.loader import Batch
 from castalia.plan.count import count
 from castalia.plan.flops import training_flops
 from castalia.plan.layout import Layout
-from castalia.plan.memory import Compute, memory_by_stage
+from castalia.plan.memory import Compute, Rank
+from castalia.plan.recompute import choose_blocks, ranks_of
 
 # Largest relative difference of losses: fp32 sums in another order; bf16 rounds every activation.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 ALLOCATORS = ("default", "same")
+POLICIES = ("selective", "full", "auto")  # of recomputation
 WARMUP_STEPS = 2
 
 
@@ -51,9 +54,16 @@ class Work:
     seq: int
     precision: str
     allocator: str
-    recompute: bool = False  # blocks keep their inputs alone
+    recompute: str = "none"  # peers know "full" alone: blocks keep their inputs
     compiled: bool = False  # the peers' model
     cpu_time: bool = False  # of one thread, instead of wall clock
+
+    def rank(self) -> Rank:
+        """What is planned of our side. With "auto", half of what "full" frees is missing."""
+        compute, layout = Compute(self.precision, "cpu"), Layout(micro_batch=self.batch, recompute=self.recompute)
+        (rank,) = ranks_of(self.model, layout, self.seq, compute)
+        ends = [choose_blocks(rank, usable).memory().total for usable in (0, 10**18)]
+        return choose_blocks(rank, sum(ends) // 2)
 
 
 def batch_of(step: int, work: Work) -> Batch:
@@ -76,7 +86,7 @@ def ours(work: Work) -> Callable[[int], float]:
     """A step as `castalia train` takes it."""
     from castalia.config.schema import OptimizerConfig
     from castalia.machine import keep_freed_memory
-    from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
+    from castalia.parallel.activation_checkpointing import apply_activation_checkpointing, compute_again
     from castalia.parallel.executor import Executor
     from castalia.train.hardware import DTYPES
     from castalia.train.optimizer import make_optimizer
@@ -85,7 +95,9 @@ def ours(work: Work) -> Callable[[int], float]:
 
     keep_freed_memory()
     model = our_model(work, compute_dtype=DTYPES[work.precision]).train()
-    apply_activation_checkpointing(model, "full" if work.recompute else "none", dropout=False)
+    apply_activation_checkpointing(model, work.recompute, dropout=False)
+    if work.recompute == "auto":
+        compute_again([model], work.rank().again)
     optimizer = make_optimizer(dict(model.named_parameters()), OptimizerConfig(lr=1e-3, weight_decay=0.1))
     rate = LearningRate(peak=1e-3, minimum=0.0, warmup=0.0, end=1, style="constant")
     step = TrainStep(Executor(model), optimizer, rate, BatchPlan(work.batch, work.batch, 1), seed=1, clip_norm=1.0)
@@ -102,7 +114,7 @@ def theirs(work: Work) -> Callable[[int], float]:
     weights = our_model(work).state_dict()
     model.get_output_embeddings().load_state_dict({"weight": weights.pop("head.weight")})
     model.gpt_neox.load_state_dict(renamed(weights))
-    if work.recompute:
+    if work.recompute != "none":
         model.gradient_checkpointing_enable()
     if work.compiled:
         model.compile(dynamic=False)
@@ -139,7 +151,7 @@ def litgpts(work: Work) -> Callable[[int], float]:
         if ".qkv." in name:  # ours: head by head; theirs: all queries, all keys, all values
             weights[name] = tensor.unflatten(0, (shape.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     model.load_state_dict(renamed(weights, LITGPT))
-    if work.recompute:
+    if work.recompute != "none":
         for block in model.transformer.h:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if work.compiled:
@@ -257,14 +269,22 @@ class Timed(NamedTuple):
     peak_bytes: int
 
 
-def side(connection: Connection, name: str, work: Work, compiled: bool) -> None:
+def variant_of(work: Work, name: str) -> Work:
+    """A side's own work: "castalia, auto" is ours with this policy of recomputation, "litgpt, compiled" is theirs."""
+    library, _, variant = name.partition(", ")
+    if not variant:
+        return work
+    return replace(work, recompute=variant) if library == "castalia" else replace(work, compiled=True)
+
+
+def side(connection: Connection, name: str, work: Work) -> None:
     """A side's process: answers each step number with (seconds, loss), None with the most bytes that a step holds."""
     import torch
 
     from castalia.train.step_memory import PeakMemory
 
     clock = use_clock(work.cpu_time)
-    step = SIDES[name](replace(work, compiled=compiled))
+    step = SIDES[name.partition(", ")[0]](variant_of(work, name))
     connection.send("ready")
     while (number := connection.recv()) is not None:
         start = clock()
@@ -303,8 +323,7 @@ def race(work: Work, rounds: int, names: Sequence[str]) -> dict[str, Timed]:
     processes, connections, seconds = [], {}, {name: [] for name in names}
     for name in names:
         here, there = context.Pipe()
-        library, _, compiled = name.partition(", ")
-        processes.append(context.Process(target=side, args=(there, library, work, bool(compiled)), daemon=True))
+        processes.append(context.Process(target=side, args=(there, name, work), daemon=True))
         processes[-1].start()
         there.close()  # so that a side that dies ends our wait for it
         here.recv()
@@ -337,7 +356,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--allocator", nargs="+", choices=ALLOCATORS, default=ALLOCATORS)
     eager = [name for name in SIDES if name != "castalia" and find_spec(name)]
-    peers = [*eager, *(f"{name}, compiled" for name in eager)]
+    peers = [*eager, *(f"{name}, compiled" for name in eager), *(f"castalia, {policy}" for policy in POLICIES)]
     parser.add_argument("--peers", nargs="+", choices=peers, default=eager)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
     parser.add_argument("--recompute", action="store_true", help="all sides forget the activations inside of blocks")
@@ -363,11 +382,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for precision in args.precision:
         peak = matmul_rate(DTYPES[precision], clock)
-        compute = Compute(precision, "cpu")
-        layout = Layout(micro_batch=args.batch, recompute="full" if args.recompute else "none")
-        plan = memory_by_stage(model, layout, args.seq, compute)[0].total
         for allocator in args.allocator:
-            work = Work(model, args.batch, args.seq, precision, allocator, args.recompute, cpu_time=args.cpu_time)
+            policy = "full" if args.recompute else "none"
+            work = Work(model, args.batch, args.seq, precision, allocator, policy, cpu_time=args.cpu_time)
             found = race(work, args.rounds, names)
             medians = {name: statistics.median(timed.seconds) for name, timed in found.items()}
             shape = f"{args.model}, {args.batch} x {args.seq}, {precision}, {allocator}"
@@ -381,7 +398,7 @@ def main() -> None:
                     f"{flops / peak * 1e3:.0f}",
                     f"{flops / peak / medians[name]:.0%}",
                     f"{timed.peak_bytes / 2**20:.0f}",
-                    f"{plan / 2**20:.0f}" if name == names[0] else "",
+                    f"{variant_of(work, name).rank().memory().total / 2**20:.0f}" if "castalia" in name else "",
                 ]
                 print(f"| {' | '.join(cells)} |", flush=True)
 
