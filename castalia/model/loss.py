@@ -277,15 +277,29 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss: float, cap: float
 def _block_loss(logits: Tensor, labels: Tensor, z_loss: float, cap: float | None) -> Tensor:
     real, targets = (labels != IGNORE)[:, None].float(), labels.clamp(min=0)[:, None]
     wide = capped(logits.float(), cap)
-    label_logits, largest = wide.gather(1, targets), wide.amax(dim=-1, keepdim=True)  # [n, 1]
-    probs = F.softmax(wide, dim=-1)
-    log_sums = largest - probs.amax(dim=-1, keepdim=True).log()  # the largest probability is 1 / sum of exp
+    label_logits, slope = wide.gather(1, targets), slope_of(wide, cap)  # [n, 1]
+    exponentials, sums, log_sums = _exponentials(wide)
     factor = real * gain(logits.dtype)
     # d loss / d logits = (1 + 2 z log_sum) softmax - one_hot(label)
-    gradient = probs.mul_(factor * (1 + 2 * z_loss * log_sums)).scatter_add_(1, targets, -factor)
-    slope = slope_of(wide, cap)
-    logits.copy_(gradient if slope is None else gradient.mul_(slope))
+    gradient = exponentials.mul_(factor * (1 + 2 * z_loss * log_sums) / sums).scatter_add_(1, targets, -factor)
+    if slope is not None:
+        gradient.mul_(slope)
+    if gradient is not logits:
+        logits.copy_(gradient)
     return ((log_sums - label_logits + z_loss * log_sums.square()) * real).sum()
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+    """The softmax of logits [n, V] times the sums, these sums [n, 1], and log(sum of exp(logits)) [n, 1].
+
+    On a CPU the logits are overwritten.
+    """
+    largest = logits.amax(dim=-1, keepdim=True)
+    if logits.is_cpu:  # these passes over its cache take less time than the fused kernel
+        sums = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+        return logits, sums, largest + sums.log()
+    probs = F.softmax(logits, dim=-1)
+    return probs, 1.0, largest - probs.amax(dim=-1, keepdim=True).log()  # the largest one is 1 / sum of exp
 
 
 def gain(dtype: torch.dtype) -> float:

@@ -784,7 +784,8 @@ class Rank:
             return max(softmax, (4 + size) * rows * vocabulary + size * self.vocabulary)
         rows = min(self.tokens, max(1, limit // (size * vocabulary)))
         block = min(rows, max(1, BLOCK_BYTES[self.compute.device] // (4 * vocabulary)))
-        return (size * rows + (8 if self.compute.casts else 4) * block) * vocabulary
+        softmax = 0 if self.compute.device == "cpu" else 4  # a CPU's overwrites the logits
+        return (size * rows + (softmax + (4 if self.compute.casts else 0)) * block) * vocabulary
 
     @property
     def _buffers(self) -> int:
