@@ -26,6 +26,7 @@ FEWEST = 4  # rows to which fewer are filled up, where oneDNN's kernels want tha
 # oneDNN adds up a single row by fp32 weights in another order than several, which a text must not depend on.
 LEAST = {torch.float32: 2, torch.bfloat16: 1}
 FEW = 12  # rows; with more, widening int8 weights costs less than a kernel that does row after row
+LARGE = 1 << 22  # elements of int8 weights, by which a single row is multiplied in parts, too
 LARGEST = 127 * 256  # of the numbers that two 8-bit parts make
 PART_ROWS = 64  # with more, widening int8 weights costs less than twice the rows
 _BOTH_ZEROS = torch.tensor(128 * 256 + 128 + 0.5)  # both parts' zero, and what makes of cutting off rounding
@@ -221,24 +222,31 @@ def _rounded_in_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([scale for scale, _ in parts]), torch.cat([codes for _, codes in parts])
 
 
+def int8_product(weight: Tensor, bias: Tensor | None, rows: int) -> nn.Module:
+    """The product with int8 weights that is the fastest for so many rows.
+
+    What parts of a single row save in a small matrix, making them costs.
+    """
+    in_parts = (rows > 1 or weight.numel() >= LARGE) and multiplies_in_parts(alone=rows == 1)
+    return (Int8PartsProduct if in_parts else Int8Product)(weight, bias, rows)
+
+
 @cache
-def multiplies_in_parts() -> bool:
-    """Whether a few rows are multiplied by int8 weights faster in two parts: one and sixteen.
+def multiplies_in_parts(alone: bool) -> bool:
+    """Whether a row `alone`, or 16 rows, are multiplied by int8 weights faster in two parts.
 
     That takes instructions that add without overflow (VNNI).
     """
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
         return False
+    number = 1 if alone else 16
 
     def ways() -> Ways:
-        weight, rows = torch.ones(PROBE), torch.ones(16, PROBE[1])
-        widened, in_parts = Int8Product(weight, None, 16), Int8PartsProduct(weight, None, 16)
-        return {
-            "widened": lambda: (widened(rows[:1]), widened(rows)),
-            "in parts": lambda: (in_parts(rows[:1]), in_parts(rows)),
-        }
+        weight, rows = torch.ones(PROBE), torch.ones(number, PROBE[1])
+        widened, in_parts = Int8Product(weight, None, number), Int8PartsProduct(weight, None, number)
+        return {"widened": lambda: widened(rows), "in parts": lambda: in_parts(rows)}
 
-    return fastest("few rows by int8 weights", ways) == "in parts"
+    return fastest(f"{number} rows by int8 weights", ways) == "in parts"
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

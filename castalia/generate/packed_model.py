@@ -28,7 +28,7 @@ from castalia.generate.packed_matmul import (
     Int8PartsProduct,
     Int8Product,
     SmallProduct,
-    multiplies_in_parts,
+    int8_product,
 )
 from castalia.model.attention import Attention, Context
 from castalia.model.layers import ACTIVATIONS, MLP, Linear
@@ -65,9 +65,7 @@ def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
     """What makes a product of a weight of this dtype; None if other forms are no faster on this CPU."""
     if dtype == torch.bfloat16 and not (int8 or has_bf16_kernels()):
         return None
-    kind: type[nn.Module] = {torch.float32: Fp32Product, torch.bfloat16: Bf16Product}[dtype]
-    if int8:
-        kind = Int8PartsProduct if multiplies_in_parts() else Int8Product
+    kind = int8_product if int8 else {torch.float32: Fp32Product, torch.bfloat16: Bf16Product}[dtype]
     small = SmallProduct if kind is not Fp32Product and has_bf16_kernels() else Fp32Product
     return lambda affine: (small if affine[0].numel() < SMALL else kind)(*affine, rows)
 
