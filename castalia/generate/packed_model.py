@@ -31,7 +31,7 @@ from castalia.generate.packed_matmul import (
     int8_product,
 )
 from castalia.model.attention import Attention, Context
-from castalia.model.layers import ACTIVATIONS, MLP, Linear
+from castalia.model.layers import MLP, Linear, gelu_tanh
 from castalia.model.transformer import Block, Transformer
 
 ROOT = 2 * math.sqrt(2 / math.pi)
@@ -164,7 +164,7 @@ def _inner(mlp: MLP) -> list[Linear]:
 
 
 def _activation(mlp: MLP) -> Callable[[Tensor], Tensor]:
-    activation = _gelu_tanh if mlp.activation is ACTIVATIONS["gelu_tanh"] else mlp.activation
+    activation = _gelu_tanh if mlp.activation is gelu_tanh else mlp.activation
     if mlp.gate is None:
         return activation
 
@@ -178,7 +178,7 @@ def _activation(mlp: MLP) -> Callable[[Tensor], Tensor]:
 def _gelu_tanh(x: Tensor) -> Tensor:
     """`gelu_tanh`, of prompts as x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)): half as long as torch's kernel takes."""
     if x.numel() < 2 * PIECE:
-        return F.gelu(x, approximate="tanh")
+        return gelu_tanh(x)
     out = x.new_empty(x.shape)
     rows = max(1, PIECE * torch.get_num_threads() // x.shape[-1])
     for part, outputs in zip(x.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True):

@@ -6,7 +6,6 @@ Parameters may be fp32 while activations are bf16 or fp16: every module computes
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,14 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x.contiguous())
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """`gelu` by an approximation (Hendrycks & Gimpel, 1606.08415)."""
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "relu": F.relu,
     "silu": F.silu,
     "mish": F.mish,

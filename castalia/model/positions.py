@@ -85,7 +85,8 @@ def rotate_in_place(x: Tensor, rotation: Rotation) -> Tensor:
         turning.copy_(turning @ rotation)
     else:
         turning = x.narrow(-1, 0, 2 * rotation[0].shape[-1])
-        turning.copy_(rotate(turning, rotation))
+        # Products of numbers of two dtypes take several times as long.
+        turning.copy_(rotate(turning.to(rotation[0].dtype), rotation))
     return x
 
 
