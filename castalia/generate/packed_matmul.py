@@ -147,7 +147,7 @@ class Int8Product(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
-        self.scale, self.codes = _rounded_in_parts(weight)
+        self.scale, self.codes = _rounded(weight)
         self.bias = None if bias is None else bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Int8PartsProduct(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
-        scale, codes = _rounded_in_parts(weight)
+        scale, codes = _rounded(weight)
         self.scale, self.zeros = scale.float(), torch.zeros(len(scale), dtype=torch.int64)
         self.weight = torch.ops.onednn.qlinear_prepack(codes, [max(2 * rows, FEWEST), codes.shape[1]])
         self.bias = None if bias is None else bias.float()
@@ -216,9 +216,12 @@ class Int8PartsProduct(nn.Module):
         return out.mul_(scale) if self.bias is None else torch.addcmul(self.bias.bfloat16(), out, scale)
 
 
-def _rounded_in_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`_rounded`, some rows at a time: several fp32 copies of all would not fit beside a model that only just does."""
-    parts = [_rounded(some) for some in weight.split(max(1, ROUNDED // weight.shape[1]))]
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale [out] and the codes [out, in] of a matrix.
+
+    Some rows at a time: several fp32 copies of all would not fit beside a model that only just does.
+    """
+    parts = [_rounded_rows(some) for some in weight.split(max(1, ROUNDED // weight.shape[1]))]
     return torch.cat([scale for scale, _ in parts]), torch.cat([codes for _, codes in parts])
 
 
@@ -249,8 +252,8 @@ def multiplies_in_parts(alone: bool) -> bool:
     return fastest(f"{number} rows by int8 weights", ways) == "in parts"
 
 
-def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale [out] and the codes [out, in] of rows."""
+def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of some rows."""
     wide = weight.float()
     scale = (wide.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
     return scale, (wide / scale[:, None].float()).round().clamp(-127, 127).char()
