@@ -110,10 +110,18 @@ def in_prompt(x: Tensor) -> bool:
     return x.dim() > 2 and x.shape[1] > 1
 
 
-class Bf16Product(nn.Module):
-    """bf16 weights in oneDNN's order; in any other, its kernels would reorder them in every call."""
+class RoundedProduct(nn.Module):
+    """A product with weights of fewer bits than fp32."""
 
     narrow = False  # whether outputs of prompts stay bf16
+
+    def output(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the kernel gives for x, in the precision that comes next."""
+        return out.bfloat16() if self.narrow and in_prompt(x) else out.float()
+
+
+class Bf16Product(RoundedProduct):
+    """bf16 weights in oneDNN's order; in any other, its kernels would reorder them in every call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
@@ -124,8 +132,7 @@ class Bf16Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out = few_rows(x.bfloat16(), self.weight, self.bias, self.fewest)
-        return out if self.narrow and in_prompt(x) else out.float()
+        return self.output(few_rows(x.bfloat16(), self.weight, self.bias, self.fewest), x)
 
 
 class SmallProduct(nn.Module):
@@ -140,10 +147,8 @@ class SmallProduct(nn.Module):
         return (self.many if self.many.narrow and in_prompt(x) else self.few)(x)
 
 
-class Int8Product(nn.Module):
+class Int8Product(RoundedProduct):
     """int8 weights with a scale for each output, which is bf16 as the kernel needs it: weight = code * scale."""
-
-    narrow = False  # as of Bf16Product
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
@@ -154,8 +159,7 @@ class Int8Product(nn.Module):
         """[..., in] -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         out = self._widened(rows) if len(rows) > FEW else torch._weight_int8pack_mm(rows, self.codes, self.scale)
-        out = out.view(*x.shape[:-1], -1)
-        out = out if self.narrow and in_prompt(x) else out.float()
+        out = self.output(out.view(*x.shape[:-1], -1), x)
         return out if self.bias is None else out.add_(self.bias)
 
     def _widened(self, rows: Tensor) -> Tensor:
@@ -172,14 +176,12 @@ class Int8Product(nn.Module):
         return out.mul_(self.scale)
 
 
-class Int8PartsProduct(nn.Module):
+class Int8PartsProduct(RoundedProduct):
     """The same weights and scales, multiplied as they are by inputs of two 8-bit parts, with exact sums.
 
     An input is its row's largest value times (256 high + low) / LARGEST, which is as close as 1/65,000 of the largest;
     both parts are rows of one product, for which weights need not be widened.
     """
-
-    narrow = False  # as of Bf16Product
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
@@ -192,8 +194,7 @@ class Int8PartsProduct(nn.Module):
         """[..., in] -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
         out = self._in_parts(rows) if len(rows) <= PART_ROWS else self._widened(rows.bfloat16())
-        out = out.view(*x.shape[:-1], -1)
-        return out.bfloat16() if self.narrow and in_prompt(x) else out.float()
+        return self.output(out.view(*x.shape[:-1], -1), x)
 
     def _in_parts(self, rows: Tensor) -> Tensor:
         """[rows, in] -> fp32 [rows, out]."""

@@ -22,14 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castalia.generate.fastest import Ways, fastest
-from castalia.generate.packed_matmul import (
-    Bf16Product,
-    Fp32Product,
-    Int8PartsProduct,
-    Int8Product,
-    SmallProduct,
-    int8_product,
-)
+from castalia.generate.packed_matmul import Bf16Product, Fp32Product, RoundedProduct, SmallProduct, int8_product
 from castalia.model.attention import Attention, Context
 from castalia.model.layers import MLP, Linear, gelu_tanh
 from castalia.model.transformer import Block, Transformer
@@ -93,7 +86,7 @@ def packed_block(block: Block, product: Maker) -> nn.Module:
     side_by_side = block.parallel and not block.drops_attention and isinstance(block.mlp, MLP)
     packed = SideBySide(block, product) if side_by_side else _packed(block, product)
     for part in packed.modules():
-        if isinstance(part, (Bf16Product, Int8Product, Int8PartsProduct)):
+        if isinstance(part, RoundedProduct):
             part.narrow = prompts_are_bf16()
     return packed
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def adds_in_place(parameter: Tensor) -> None:
+def add_in_place(parameter: Tensor) -> None:
     """Let `kept_gradient` find the parameter's, as a training step wants it, though not `torch.autograd.grad`."""
     parameter.adds_in_place = True  # type: ignore[attr-defined]
 

@@ -78,8 +78,8 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), dim=-1)
 
 
-def rotate_in_place(x: Tensor, rotation: Rotation) -> Tensor:
-    """`rotate` of a tensor that is not needed any more, so that dimensions that do not turn stay where they are."""
+def rotate_in_place(x: Tensor, rotation: Rotation) -> None:
+    """`rotate` of a tensor that is not needed any more; dimensions that do not turn stay where they are."""
     if isinstance(rotation, Tensor):
         turning = x.flatten(1, 3).narrow(-1, 0, rotation.shape[-1])  # [b, kv * heads, r], since t is 1
         turning.copy_(turning @ rotation)
@@ -87,7 +87,6 @@ def rotate_in_place(x: Tensor, rotation: Rotation) -> Tensor:
         turning = x.narrow(-1, 0, 2 * rotation[0].shape[-1])
         # Products of numbers of two dtypes take several times as long.
         turning.copy_(rotate(turning.to(rotation[0].dtype), rotation))
-    return x
 
 
 def rotary_frequencies(cfg: ModelConfig) -> tuple[Tensor, float]:

@@ -19,7 +19,7 @@ from castalia.data.loader import Batch
 from castalia.errors import ConfigError
 from castalia.model.float8 import set_float8
 from castalia.model.init import initialize
-from castalia.model.kept_gradient import adds_in_place
+from castalia.model.kept_gradient import add_in_place
 from castalia.model.kept_tokens import Kept, kept_tokens
 from castalia.model.layers import hold_in
 from castalia.model.lora import add_adapters, freeze
@@ -349,5 +349,5 @@ def one_process(
     compile_blocks(model, config, device)
     for part in (model.embed, model.head):
         if part is not None:
-            adds_in_place(part.weight)
+            add_in_place(part.weight)
     return Executor(model, plan.micro_batch_size, cuts_padding=cuts_padding(config))

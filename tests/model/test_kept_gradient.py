@@ -5,7 +5,7 @@ import torch
 
 from castalia.config.schema import ModelConfig
 from castalia.model.init import initialize
-from castalia.model.kept_gradient import adds_in_place
+from castalia.model.kept_gradient import add_in_place
 from castalia.model.transformer import Transformer
 
 TOKENS = torch.randint(257, (3, 2, 17), generator=torch.Generator().manual_seed(0))  # [micro-batches, b, t]
@@ -22,7 +22,7 @@ def gradients(model, in_place: bool) -> dict[str, torch.Tensor]:
     if in_place:
         for part in (model.embed, model.head):
             if part is not None:
-                adds_in_place(part.weight)
+                add_in_place(part.weight)
     for micro, tokens in enumerate(TOKENS):
         loss, count = model(tokens[:, :-1], tokens[:, 1:])
         before = model.embed.weight.grad
@@ -48,7 +48,7 @@ def test_gradients_are_those_of_autograd(settings, dtype):
 
 def test_a_graph_that_is_kept_adds_each_time():
     model = make_model()
-    adds_in_place(model.head.weight)
+    add_in_place(model.head.weight)
     loss, _ = model(TOKENS[0, :, :-1], TOKENS[0, :, 1:])
     loss.backward(retain_graph=True)
     once = model.head.weight.grad.clone()
